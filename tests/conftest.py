@@ -1,0 +1,22 @@
+"""Options of the whole suite: GPU tests skip without a CUDA device, slow ones wait for ``-m slow``."""
+
+import os
+
+# One thread count for every float32 sum of the suite; set before torch or numba start.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# DeepSpeed looks for an accelerator and warns; tests outside `gpu` run on the CPU by design.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    run_slow = "slow" in (config.getoption("-m") or "")
+    for item in items:
+        if "gpu" in item.keywords:
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and not run_slow:
+            item.add_marker(pytest.mark.skip(reason="slow; run with `make test-slow`"))
