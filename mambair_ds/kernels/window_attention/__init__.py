@@ -1,0 +1,35 @@
+"""Attention inside windows with a learned bias (Liu et al. 2021, arXiv 2103.14030, equation 4), in two interchangeable backends."""
+
+import importlib
+
+from torch import Tensor
+
+_FILES = {"reference": "reference", "torch": "cpu"}
+
+
+def window_attention(qkv: Tensor, bias: Tensor, kind: Tensor, backend: str | None = None) -> Tensor:
+    """Let the tokens of each window attend to one another: softmax(q·kᵀ/√d + bias)·v in every head.
+
+    Args:
+        qkv: queries, keys and values, (windows, tokens, 3, heads, d); the windows of one picture after the other.
+        bias: added to the logits of a window of each kind, (kinds, heads, tokens, tokens), a row for a query.
+        kind: the kind of every window of a picture, (windows a picture,), int64.
+        backend: "reference" (plain operations, differentiated by autograd) or "torch" (for the CPU: memory linear in the number of
+            windows); None chooses by device.
+
+    Returns:
+        The attended values, (windows, tokens, heads·d), in qkv's dtype. Gradients reach `qkv` and `bias`.
+
+    Raises:
+        ValueError: shapes that do not fit one another, or an unknown backend.
+    """
+    if backend is None:
+        backend = "torch" if qkv.device.type == "cpu" else "reference"
+    if backend not in _FILES:
+        raise ValueError(f"window_attention: no backend {backend!r}; there are {', '.join(_FILES)}")
+    windows, tokens, three, heads, _ = qkv.shape
+    if three != 3 or bias.shape[1:] != (heads, tokens, tokens):
+        raise ValueError(f"window_attention: qkv {tuple(qkv.shape)} and bias {tuple(bias.shape)} do not fit")
+    if windows % len(kind):
+        raise ValueError(f"window_attention: {windows} windows are no multiple of the {len(kind)} of a picture")
+    return importlib.import_module(f"{__name__}.{_FILES[backend]}").window_attention(qkv, bias, kind)
