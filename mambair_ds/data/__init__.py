@@ -1,0 +1,1 @@
+"""From folders of pictures to batches: shards, their order, the DALI pipeline, and validation folders."""
