@@ -2,8 +2,8 @@
 
 A run is a YAML file plus dotted overrides (``--set train.total_iter=1000``). `load_config` reads both, checks every key
 and type, and raises one readable `UserError` that names the file, the key and what was expected. Defaults live in
-these fields only: no other module carries one. This module imports neither torch nor numpy, so that a mistake in a file is
-reported before anything heavy starts.
+these fields only: no other module carries one. This module imports neither torch nor numpy, so that a mistake in a
+file is reported before anything heavy starts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,54 @@
+# `make demo` and `make test` do all the set-up; `make help` lists the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+# Where a machine brings its own environment (a cluster module, an image), `make VENV= ...` uses its python as it is.
+BIN := $(if $(VENV),$(VENV)/bin/,)
+PY := $(BIN)python$(if $(VENV),,3)
+READY := $(if $(VENV),$(VENV)/.ready,)
+
+.PHONY: help install demo test test-slow lint format bench gpu clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.ready: pyproject.toml constraints.txt docker/deepspeed
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mambair_ds needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --constraint constraints.txt --editable '.[dev]'
+	install -m 755 docker/deepspeed $(VENV)/bin/deepspeed
+	sed -i '1s|.*|#!$(abspath $(VENV))/bin/python|' $(VENV)/bin/deepspeed
+	touch $@
+
+install: $(READY)  ## build .venv with the tested set of versions
+
+demo: $(READY)  ## train a small network on built-in pictures and show the result (about 4 minutes)
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) -m mambair_ds.demo
+
+test: $(READY)  ## the test suite
+	$(PY) -m pytest
+
+test-slow: $(READY)  ## the tests that take long
+	$(PY) -m pytest -m slow
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+
+bench: $(READY)  ## the benchmarks, on this machine
+	for name in scan step data; do $(PY) benchmarks/$$name.py || exit; done
+
+gpu: $(READY)  ## everything that needs a GPU: correctness, then timings
+	$(PY) -m pytest -m gpu
+	for name in scan step; do $(PY) benchmarks/$$name.py || exit; done
+
+clean:  ## remove environment, caches and outputs of the demo
+	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache

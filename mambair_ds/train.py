@@ -1,0 +1,70 @@
+"""Train a network: `python -m mambair_ds.train --config configs/x2.yml`.
+
+Runs alone, under torchrun, the deepspeed launcher or srun. Continues from the newest whole checkpoint of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mambair_ds.config import UserError, apply_debug, load_config
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The door's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m mambair_ds.train", description="Train MambaIRv2 on shards.")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file of the run")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a setting, as in --set train.total_iter=1000; may be repeated",
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", type=Path, metavar="DIR", help="continue this checkpoint instead of the newest")
+    start.add_argument("--fresh", action="store_true", help="start over; the old run is kept under a time stamp")
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="prefix the name with debug_, log every step, validate and save every 8, no TensorBoard or W&B",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the door; returns the exit code: 0 done, 1 the run failed, 2 a user's mistake."""
+    args = parse(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.debug:
+            config = load_config(args.config, apply_debug(args.overrides, config.name))
+        config.check_paths()
+        from mambair_ds.training import launch
+
+        place = launch.detect(args.local_rank)
+        # Heavy from here on: torch, DeepSpeed, DALI.
+        from mambair_ds.training.checkpoint import SaveError
+        from mambair_ds.training.trainer import run
+
+        try:
+            run(config, place, args.resume, args.fresh)
+        except SaveError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    except UserError as error:
+        # Every rank finds the same mistake; one a node says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

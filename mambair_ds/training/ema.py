@@ -1,0 +1,37 @@
+"""Exponential moving average of the weights.
+
+Each rank averages what it holds: whole tensors at ZeRO stages 0 to 2, its own fragment of each at stage 3. No
+communication happens until somebody asks the engine for the whole average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """A float32 running mean of local parameter tensors, keyed by name."""
+
+    def __init__(self, local: Mapping[str, Tensor], decay: float) -> None:
+        """Start from the current weights.
+
+        Args:
+            local: this rank's tensors by name (`Engine.local_tensors`).
+            decay: weight of the past in each update.
+        """
+        self.decay = decay
+        self.tensors = {name: tensor.detach().float().clone() for name, tensor in local.items()}
+
+    @torch.no_grad()
+    def update(self, local: Mapping[str, Tensor]) -> None:
+        """mean = decay · mean + (1 - decay) · weights, in place."""
+        weights = [local[name].detach().float() for name in self.tensors]
+        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - self.decay)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over saved tensors of the same names and shapes."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])

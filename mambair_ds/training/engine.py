@@ -1,0 +1,129 @@
+"""DeepSpeed, in one place: its configuration, its start, and the few things that the loop asks of it.
+
+Precision, accumulation, clipping, ZeRO and checkpoint files are DeepSpeed's own. Two of its settings differ from their
+defaults because the defaults change the numbers: under autocast, gradients of Linear and Conv would be reduced in
+bf16, and stage 3 would swap Linear for a variant that computes in another order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mambair_ds.config import OptimizerConfig, TrainConfig
+
+# DeepSpeed chooses its accelerator at import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
+import deepspeed.ops
+
+
+def deepspeed_config(train: TrainConfig, batch_size: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run.
+
+    Args:
+        train: optimization settings.
+        batch_size: samples per rank and forward pass.
+        precision: fp32, bf16 or pure_bf16 (auto already resolved).
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.grad_clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": train.zero_stage, "memory_efficient_linear": False},
+        "zero_allow_untested_optimizer": True,
+    }
+    if precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    elif precision == "pure_bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+def start_process_group(device: torch.device) -> None:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs), as the environment of `launch.detect` says."""
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory collective here, which takes minutes and a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer of a run (DeepSpeed's own Adam would be compiled, and is AdamW by default)."""
+    cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.type]
+    return cls(network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+class Engine:
+    """A network under DeepSpeed."""
+
+    def __init__(self, network: nn.Module, train: TrainConfig, batch_size: int, precision: str) -> None:
+        """Wrap `network`; at ZeRO stage 3 its parameters are split over the ranks from here on."""
+        self.stage = train.zero_stage
+        self.config = deepspeed_config(train, batch_size, precision)
+        self.input_dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=network, optimizer=build_optimizer(train.optim, network), config=self.config
+        )
+
+    def __call__(self, lq: Tensor, **kwargs: Any) -> Tensor:
+        """The network's output for `lq`, (B, C, H, W) float32 in [0, 1]."""
+        output: Tensor = self.deepspeed(lq.to(self.input_dtype), **kwargs)
+        return output
+
+    def step(self, loss: Tensor, lr: float, want_norm: bool) -> float | None:
+        """Backward pass of one micro-batch and, at an accumulation boundary, the optimizer step.
+
+        Args:
+            loss: scalar.
+            lr: rate of this step.
+            want_norm: return the norm of the whole gradient before clipping; costs a synchronisation.
+        """
+        self.deepspeed.backward(loss)
+        norm = None
+        if want_norm and self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+            norm = nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        if want_norm and self.stage > 0:
+            norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """What this rank holds of every parameter: the whole, or at stage 3 its flat fragment."""
+        named = self.deepspeed.module.named_parameters()
+        return {name: p.ds_tensor.data if self.stage == 3 else p.data for name, p in named}
+
+    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole float32 tensors, on every rank, from tensors laid out as `local_tensors`; all ranks call together."""
+        if self.stage < 3:
+            return {name: tensor.detach().float() for name, tensor in local.items()}
+        whole = {}
+        for name, parameter in self.deepspeed.module.named_parameters():
+            fragment = local[name].detach().float().contiguous()
+            flat = fragment.new_empty(dist.get_world_size() * fragment.numel())
+            dist.all_gather_into_tensor(flat, fragment)
+            whole[name] = flat[: parameter.ds_numel].view(parameter.ds_shape)
+        return whole
+
+    def save(self, folder: str, tag: str) -> None:
+        """Write DeepSpeed's files to folder/tag; all ranks call together."""
+        self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> None:
+        """Read what `save` wrote, on the same number of ranks and ZeRO stage.
+
+        Raises:
+            RuntimeError: if DeepSpeed finds nothing to load.
+        """
+        path, _ = self.deepspeed.load_checkpoint(folder, tag=tag)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed loaded nothing from {folder}/{tag}")

@@ -1,0 +1,325 @@
+"""The loop: batches in, weights out, with validation, logging and checkpoints as calls in it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from mambair_ds.config import RunConfig, UserError
+from mambair_ds.data.pipeline import TrainStream, check_train_data
+from mambair_ds.kernels.philox import NoiseKey
+from mambair_ds.models import build_model
+from mambair_ds.runlog import Trackers, describe_environment, log_to_console, log_to_file
+from mambair_ds.training import checkpoint as checkpoints
+from mambair_ds.training.checkpoint import Checkpoint, RunState
+from mambair_ds.training.ema import Ema
+from mambair_ds.training.engine import Engine, start_process_group
+from mambair_ds.training.launch import Launch
+from mambair_ds.training.losses import pixel_loss
+from mambair_ds.training.schedule import learning_rate
+from mambair_ds.training.validation import ValidationSet, open_sets, validate
+from mambair_ds.weights import load_network, save_network
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool) -> None:
+    """Train as configured, from the newest whole checkpoint of the run if there is one.
+
+    Args:
+        config: the run, its paths checked.
+        launch: this process's place among the ranks.
+        resume: a checkpoint folder to continue instead of the newest.
+        fresh: start over; the old run's folder is kept under a time stamp.
+
+    Raises:
+        UserError: before any process group or GPU is touched.
+        SaveError: if a checkpoint cannot be written.
+    """
+    console = log_to_console(launch.rank)
+    console.info("%s: rank %d of %d, started by %s", config.name, launch.rank, launch.world_size, launch.launcher)
+    check_train_data(config.data.train, config.task, config.network)
+    val_sets = open_sets(config)
+    checkpoint = None if fresh else _find_checkpoint(config, resume)
+    if checkpoint:
+        checkpoints.check_resumable(checkpoint, config, launch.world_size)
+
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    start_process_group(device)
+    try:
+        if launch.is_main:
+            _prepare_folder(config, launch, keep=checkpoint is not None)
+        dist.barrier()
+        if launch.is_main:
+            log_to_file(config.folder / "log" / f"train_{config.name}_{_timestamp()}.log")
+        Trainer(config, launch, device, val_sets, checkpoint).fit()
+    finally:
+        dist.destroy_process_group()
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        launch: Launch,
+        device: torch.device,
+        val_sets: dict[str, ValidationSet],
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Build network, engine and data stream, and restore `checkpoint` into them if given."""
+        self.config, self.launch, self.device, self.val_sets = config, launch, device, val_sets
+        train, data = config.train, config.data.train
+        self.precision = train.precision
+        if self.precision == "auto":
+            self.precision = "bf16" if device.type == "cuda" else "fp32"
+
+        seed = checkpoint.manifest["config"]["seed"] if checkpoint else config.seed
+        self.config = config = config.model_copy(update={"seed": self._agree(seed)})
+        self.state = RunState(seed=config.seed)
+        _seed_everything(self.state.seed)
+        network = build_model(config.network).to(device)
+        # A plain copy: the layout of exported weights, and the network that validates, whatever ZeRO does to the other.
+        self.whole = build_model(config.network).to(device).eval().requires_grad_(False)
+        if train.pretrain and not checkpoint:
+            load_network(network, train.pretrain.path, strict=train.pretrain.strict, param_key=train.pretrain.param_key)
+        self.engine = Engine(network, train, data.batch_size, self.precision)
+        self.ema = Ema(self.engine.local_tensors(), train.ema_decay) if train.ema_decay else None
+        # Ranks draw different published noise and the same counter-based noise, which is keyed by the sample.
+        _seed_everything(self.state.seed + launch.rank)
+        if checkpoint:
+            self.state = checkpoints.load(checkpoint, self.engine, launch)
+            if self.ema and self.state.ema:
+                self.ema.load(self.state.ema)
+        self.stream = TrainStream(
+            data,
+            config.task,
+            seed=self.state.seed,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            batch_size=data.batch_size,
+            position=self.state.position,
+            device=device,
+        )
+        self._check_stream(checkpoint)
+        self.trackers: Trackers | None = None
+        if launch.is_main:
+            self._describe(network, checkpoint)
+            self.trackers = Trackers(config, self.state.iteration, self.state.wandb_id)
+            self.state.wandb_id = self.trackers.wandb_id
+
+    def fit(self) -> None:
+        """Train to the last iteration, then say how long it took."""
+        config, state, total = self.config, self.state, self.config.train.total_iter
+        start = self._interval_start = time.perf_counter()
+        self._data_time, self._interval_iteration, validated = 0.0, state.iteration, -1
+        while state.iteration < total:
+            state.iteration += 1
+            logs = state.iteration % config.log.print_freq == 0
+            loss, norm = self._step(want_norm=logs)
+            if logs:
+                self._log(loss, norm, time.perf_counter() - start)
+            if state.iteration % config.data.val.every == 0:
+                self._validate()
+                validated = state.iteration
+            if state.iteration % config.checkpoint.every == 0 or state.iteration == total:
+                self._save()
+        if validated != state.iteration:
+            self._validate()
+        elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
+        logger.info("End of training. Time consumed: %s", elapsed)
+        if self.trackers:
+            self.trackers.close()
+
+    def _step(self, want_norm: bool) -> tuple[Tensor, float | None]:
+        """One optimizer step; returns the mean loss of its micro-batches (on the device) and the gradient norm."""
+        lr = learning_rate(self.config.train, self.state.iteration)
+        losses, norm = [], None
+        for _ in range(self.config.train.accumulation):
+            waiting = time.perf_counter()
+            batch = self.stream.next()
+            self._data_time += time.perf_counter() - waiting
+            lq, gt = batch.to_float()
+            noise = NoiseKey(self.state.seed, batch.positions) if self.config.train.gumbel == "counter" else None
+            loss = pixel_loss(self.config.train.pixel_loss, self.engine(lq, noise=noise), gt)
+            norm = self.engine.step(loss, lr, want_norm)
+            losses.append(loss.detach())
+        if self.ema:
+            self.ema.update(self.engine.local_tensors())
+        self.state.position = self.stream.position
+        return torch.stack(losses).mean(), norm
+
+    def _log(self, loss: Tensor, norm: float | None, elapsed: float) -> None:
+        """Say where the run is; the only place in a step that reads from the device."""
+        dist.all_reduce(loss)
+        value = float(loss) / self.launch.world_size
+        now, state, train = time.perf_counter(), self.state, self.config.train
+        steps = state.iteration - self._interval_iteration
+        seconds, data_seconds = (now - self._interval_start) / steps, self._data_time / steps
+        samples = self.config.data.train.batch_size * train.accumulation * self.launch.world_size / seconds
+        lr = learning_rate(train, state.iteration)
+        if self.trackers:
+            eta = datetime.timedelta(seconds=round((train.total_iter - state.iteration) * seconds))
+            logger.info(
+                "[%s][epoch:%3d, iter:%8s, lr:(%.3e,)] [eta: %s, time (data): %.3f (%.3f)] l_pix: %.6e "
+                "[%.1f samples/s, grad norm: %s, memory: %.0f MB]",
+                self.config.name[:12],
+                self.stream.epoch,
+                f"{state.iteration:,}",
+                lr,
+                eta,
+                seconds,
+                data_seconds,
+                value,
+                samples,
+                "-" if norm is None else f"{norm:.4f}",
+                _memory_mb(self.device),
+            )
+            scalars = {
+                "losses/l_pix": value,
+                "lr": lr,
+                "time/iteration": seconds,
+                "time/data": data_seconds,
+                "samples_per_second": samples,
+                "memory_mb": _memory_mb(self.device),
+            }
+            self.trackers.scalars(scalars | ({} if norm is None else {"grad_norm": norm}), state.iteration)
+        self._interval_start, self._interval_iteration, self._data_time = now, state.iteration, 0.0
+
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """Whole weights in the published layout, on every rank; all ranks call together."""
+        buffers = dict(self.whole.named_buffers())
+        weights = {"params": self.engine.gather(self.engine.local_tensors()) | buffers}
+        if self.ema:
+            weights["params_ema"] = self.engine.gather(self.ema.tensors) | buffers
+        keys = self.whole.state_dict().keys()
+        return {name: {key: tensors[key] for key in keys} for name, tensors in weights.items()}
+
+    def _validate(self) -> None:
+        """Measure the network (its running mean if there is one) on every validation set."""
+        if not self.val_sets:
+            return
+        began = time.perf_counter()
+        weights = self._weights()
+        self.whole.load_state_dict(weights.get("params_ema", weights["params"]))
+        results = validate(self.whole, self.val_sets, self.config, self.state.iteration, self.launch, self.device)
+        for name, metrics in results.items():
+            best = self.state.best.setdefault(name, {})
+            for metric, value in metrics.items():
+                if metric not in best or value > best[metric][0]:
+                    best[metric] = (value, self.state.iteration)
+            said = ", ".join(f"{m}: {v:.4f} (best {best[m][0]:.4f} @ {best[m][1]:,})" for m, v in metrics.items())
+            logger.info("Validation %s, iter %s: %s", name, f"{self.state.iteration:,}", said)
+            if self.trackers:
+                scalars = {f"metrics/{name}/{m}": v for m, v in metrics.items()}
+                self.trackers.scalars(scalars, self.state.iteration)
+        # The next log line measures training alone.
+        self._interval_start += time.perf_counter() - began
+
+    def _save(self) -> None:
+        """Write a checkpoint to resume from, and the weights for everything else."""
+        began = time.perf_counter()
+        self.state.rng = checkpoints.rng_state()
+        self.state.ema = self.ema.tensors if self.ema else None
+        path = checkpoints.save(self.config.folder / "checkpoints", self.engine, self.state, self.config, self.launch)
+        weights = self._weights()
+        if self.launch.is_main:
+            save_network(self.config.folder / "models" / f"net_g_{self.state.iteration}.pth", weights)
+        logger.info("Saved %s", path)
+        self._interval_start += time.perf_counter() - began
+
+    def _agree(self, seed: int | None) -> int:
+        """The given seed, or one that rank 0 draws for all."""
+        drawn = [secrets.randbelow(2**31) if seed is None else seed]
+        dist.broadcast_object_list(drawn, device=self.device)
+        return int(drawn[0])
+
+    def _check_stream(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint and self.state.stream != self.stream.fingerprint:
+            raise UserError(
+                f"{checkpoint.path}: the shards in data.train.shards are not those it was trained on; "
+                "point to the same shards, or start over with --fresh"
+            )
+        self.state.stream = self.stream.fingerprint
+
+    def _describe(self, network: torch.nn.Module, checkpoint: Checkpoint | None) -> None:
+        config, train, data = self.config, self.config.train, self.config.data.train
+        environment = describe_environment(self.launch.launcher, self.launch.world_size)
+        (config.folder / "environment.json").write_text(json.dumps(environment, indent=1))
+        (config.folder / "config.yml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        logger.info("Environment: %s", json.dumps(environment))
+        logger.info("DeepSpeed: %s", json.dumps(self.engine.config))
+        parameters = sum(p.numel() for p in self.whole.parameters())
+        logger.info(
+            "Network %s: %s parameters, precision %s, seed %d%s",
+            config.network.type,
+            f"{parameters:,}",
+            self.precision,
+            self.state.seed,
+            "" if config.seed is not None else " (drawn)",
+        )
+        global_batch = data.batch_size * train.accumulation * self.launch.world_size
+        logger.info(
+            "Training pictures: %s, an epoch: %s samples. Batch: %d a rank x %d ranks x %d accumulated = %d. "
+            "Iterations an epoch: %.1f; %s iterations are %.1f epochs",
+            f"{self.stream.pictures:,}",
+            f"{self.stream.epoch_size:,}",
+            data.batch_size,
+            self.launch.world_size,
+            train.accumulation,
+            global_batch,
+            self.stream.epoch_size / global_batch,
+            f"{train.total_iter:,}",
+            train.total_iter * global_batch / self.stream.epoch_size,
+        )
+        if checkpoint:
+            logger.info("Resumed from %s, iteration %s", checkpoint.path, f"{checkpoint.iteration:,}")
+            if train.pretrain:
+                logger.info("train.pretrain is not loaded: the checkpoint has the weights")
+        for name, val_set in self.val_sets.items():
+            logger.info("Validation set %s: %d pictures", name, len(val_set))
+
+
+def _find_checkpoint(config: RunConfig, resume: Path | None) -> Checkpoint | None:
+    return checkpoints.read(resume, checksums=True) if resume else checkpoints.newest(config.folder / "checkpoints")
+
+
+def _prepare_folder(config: RunConfig, launch: Launch, keep: bool) -> None:
+    """Make the run's folder; one of an earlier run is moved aside under a time stamp."""
+    if config.folder.exists() and not keep:
+        archive = config.folder.with_name(f"{config.name}_archived_{_timestamp()}")
+        shutil.move(config.folder, archive)
+        logger.info("%s exists; moved to %s", config.folder, archive)
+    config.folder.mkdir(parents=True, exist_ok=True)
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _timestamp() -> str:
+    return datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
+
+
+def _memory_mb(device: torch.device) -> float:
+    """Largest memory in use so far: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,97 @@
+"""Measure a network on validation sets, the pictures spread over all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mambair_ds.config import RunConfig, TaskConfig
+from mambair_ds.data.degradations import add_validation_noise, jpeg_roundtrip, resize_uint8
+from mambair_ds.data.folders import ValidationSet, open_validation_set
+from mambair_ds.inference import restore
+from mambair_ds.metrics import psnr, ssim
+from mambair_ds.training.launch import Launch
+
+
+def open_sets(config: RunConfig) -> dict[str, ValidationSet]:
+    """Open every validation set of a run.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    scale, channels = config.network.upscale, config.network.in_chans
+    return {
+        name: open_validation_set(val, scale, "gray" if channels == 1 else "rgb")
+        for name, val in config.data.val.sets.items()
+    }
+
+
+def degrade(gt: np.ndarray, task: TaskConfig, scale: int) -> np.ndarray:
+    """The LQ of a validation picture that has none, as the field makes it.
+
+    Args:
+        gt: uint8 (H, W, C); for sr a multiple of `scale` in both sides.
+
+    Returns:
+        uint8 (MATLAB bicubic, JPEG) or float32 in units of 1 (noise: not clipped, not rounded).
+    """
+    if task.kind == "denoise":
+        assert task.sigma is not None
+        return add_validation_noise(gt, task.sigma)
+    if task.kind == "jpeg":
+        assert task.quality is not None
+        return jpeg_roundtrip(gt, task.quality)
+    return resize_uint8(gt, 1 / scale)
+
+
+def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 or float (H, W, C) to float32 (1, C, H, W) in [0, 1]."""
+    values = picture.astype(np.float32) / np.float32(255) if picture.dtype == np.uint8 else picture.astype(np.float32)
+    return torch.from_numpy(values).to(device).permute(2, 0, 1).unsqueeze(0)
+
+
+def to_picture(output: Tensor) -> np.ndarray:
+    """Float (1, C, H, W) to uint8 (H, W, C): clamped to [0, 1], rounded."""
+    values = output[0].float().clamp(0, 1).mul(255).round()
+    return values.permute(1, 2, 0).byte().cpu().numpy()
+
+
+def validate(
+    network: nn.Module,
+    sets: dict[str, ValidationSet],
+    config: RunConfig,
+    iteration: int,
+    launch: Launch,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    """PSNR in dB and SSIM, averaged over each set; all ranks call together and get the same numbers."""
+    options = config.data.val
+    results = {}
+    for set_name, val_set in sets.items():
+        values = torch.zeros(len(val_set), 2, dtype=torch.float64)
+        for i in range(launch.rank, len(val_set), launch.world_size):
+            lq, gt = val_set.load(i)
+            if lq is None:
+                lq = degrade(gt, config.task, config.network.upscale)
+            picture = to_picture(restore(network, to_tensor(lq, device), config.network.upscale))
+            measure = {"crop_border": options.crop_border, "test_y_channel": options.test_y_channel}
+            values[i] = torch.tensor([psnr(picture, gt, **measure), ssim(picture, gt, **measure)])
+            if options.save_img:
+                _save(picture, config.folder / "visualization" / val_set.name(i), f"{val_set.name(i)}_{iteration}.png")
+        values = values.to(device)
+        dist.all_reduce(values)
+        mean = values.mean(dim=0).tolist()
+        results[set_name] = {"psnr": mean[0], "ssim": mean[1]}
+    return results
+
+
+def _save(picture: np.ndarray, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    bgr = picture if picture.shape[2] == 1 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    if not cv2.imwrite(str(folder / name), bgr):
+        raise OSError(f"could not write {folder / name}")
