@@ -22,7 +22,7 @@ import mmap
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
 
     path = folder / f"{number:06d}.tar"
     temporary = path.with_suffix(".tar.tmp")
-    packed: list[tuple[str, StoredPicture, StoredPicture | None]] = []
+    packed: list[Sample] = []
     with open(temporary, "wb") as file:
         with webdataset.TarWriter(
             file, user="", group="", encoder=False, mtime=0, compress=False, format="PAX_FORMAT"
@@ -134,17 +134,16 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
                     members[f"lq.{sample.lq.suffix}"] = sample.lq.data
                 members["json"] = json.dumps(sample.info, sort_keys=True).encode()
                 tar.write(members)
-                # Only the headers are needed from here on: keep no pixels.
-                strip = [p and StoredPicture(b"", p.shape, p.encoding, p.pixels) for p in (sample.gt, sample.lq)]
-                packed.append((sample.key, *strip))  # type: ignore[arg-type]
+                # What follows needs no pixels: keep none in memory.
+                lq = sample.lq and replace(sample.lq, data=b"")
+                packed.append(replace(sample, gt=replace(sample.gt, data=b""), lq=lq))
         file.flush()
         os.fsync(file.fileno())
 
     members_of = _members(temporary)
-    rows: list[Row] = []
-    for key, gt, lq in packed:
-        where = members_of[key]
-        rows.append((key, _row(gt, "gt", where), _row(lq, "lq", where)))
+    rows: list[Row] = [
+        (s.key, _row(s.gt, "gt", members_of[s.key]), _row(s.lq, "lq", members_of[s.key])) for s in packed
+    ]
     index = _index_text(members_of)
     write_atomically(path.with_suffix(".idx"), index)
     record = ShardRecord(path.name, temporary.stat().st_size, file_sha256(temporary), len(rows), _sha256(index))
