@@ -163,7 +163,10 @@ class TrainStream:
             raise
         except RuntimeError as error:
             self.close()
-            raise self._undecodable(positions) from error
+            undecodable = self._undecodable(positions)
+            if not undecodable:
+                raise
+            raise UserError("\n".join(undecodable)) from error
         gt, *rest = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         keys = torch.from_numpy(positions)
         lq = rest[0] if rest else self._noisy(gt, keys)
@@ -242,8 +245,8 @@ class TrainStream:
         noise = normal(NoiseKey(self._seed, positions), DEGRADATION_STREAM, gt.shape, gt.device)
         return _to_float(gt) + noise * (self._task.sigma / 255)
 
-    def _undecodable(self, positions: np.ndarray) -> UserError:
-        """Say which pictures of a batch DALI fails on, by decoding each alone."""
+    def _undecodable(self, positions: np.ndarray) -> list[str]:
+        """Name the pictures of a batch that DALI cannot decode, by trying each alone."""
         samples = self._order.samples(positions)
         failed = []
         for folder, picture in zip(samples.folder, samples.picture, strict=True):
@@ -253,7 +256,7 @@ class TrainStream:
                     _decoder(np.frombuffer(shards.bytes(picture, which), np.uint8)).run()
                 except RuntimeError:
                     failed.append(f"{shards.folder}: sample {shards.key(picture)}: its {which} cannot be decoded")
-        return UserError("\n".join(failed))
+        return failed
 
 
 def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkConfig) -> None:
