@@ -1,4 +1,4 @@
-"""Attention inside windows with a learned bias (Liu et al. 2021, arXiv 2103.14030, equation 4), in two interchangeable backends."""
+"""Attention inside windows with a learned bias (Liu et al. 2021, arXiv 2103.14030, equation 4), in two backends."""
 
 import importlib
 
@@ -14,8 +14,8 @@ def window_attention(qkv: Tensor, bias: Tensor, kind: Tensor, backend: str | Non
         qkv: queries, keys and values, (windows, tokens, 3, heads, d); the windows of one picture after the other.
         bias: added to the logits of a window of each kind, (kinds, heads, tokens, tokens), a row for a query.
         kind: the kind of every window of a picture, (windows a picture,), int64.
-        backend: "reference" (plain operations, differentiated by autograd) or "torch" (for the CPU: memory linear in the number of
-            windows); None chooses by device.
+        backend: "reference" (plain operations, differentiated by autograd) or "torch" (for the CPU, keeping no logits);
+            None chooses by device.
 
     Returns:
         The attended values, (windows, tokens, heads·d), in qkv's dtype. Gradients reach `qkv` and `bias`.

@@ -1,7 +1,8 @@
-"""Window attention on the CPU: a few windows at a time, so that their logits stay in the cache and are never all in memory.
+"""Window attention on the CPU: a few windows at a time, so that their logits stay in the cache.
 
-PyTorch's own fast attention gives no gradient to a bias, and falls back to plain operations that write, read and keep the logits of all
-windows: 32 MiB each time, in every layer, for two 64×64 pictures. Here the backward pass computes the logits again instead.
+PyTorch's own fast attention gives no gradient to a bias, and falls back to plain operations that write, read and keep
+the logits of all windows: 32 MiB each time, in every layer, for two 64×64 pictures. Here the backward pass computes
+the logits again instead.
 """
 
 import torch
@@ -22,29 +23,33 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, bias: Tensor, kind: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         windows, tokens, _, heads, width = qkv.shape
-        kind = kind.repeat(windows // len(kind))
-        ctx.save_for_backward(qkv, bias, kind)
+        kinds = kind.tolist() * (windows // len(kind))
+        ctx.save_for_backward(qkv, bias)
+        ctx.kinds = kinds
         out = qkv.new_empty(windows, tokens, heads, width)
         for part in _parts(qkv):
             q, k, v = _heads(qkv[part])
-            out[part] = torch.bmm(_weights(q, k, bias, kind[part]), v).view(-1, heads, tokens, width).transpose(1, 2)
+            weights = _weights(q, k, bias, kinds[part])
+            out[part] = torch.bmm(weights, v).view(-1, heads, tokens, width).transpose(1, 2)
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        qkv, bias, kind = ctx.saved_tensors
+        qkv, bias = ctx.saved_tensors
+        kinds = ctx.kinds
         windows, tokens, _, heads, width = qkv.shape
         grad_out = grad_out.view(windows, tokens, 1, heads, width)
         grad_qkv, grad_bias = torch.empty_like(qkv), torch.zeros_like(bias)
         for part in _parts(qkv):
             q, k, v = _heads(qkv[part])
             (grad,) = _heads(grad_out[part])
-            weights = _weights(q, k, bias, kind[part])
+            weights = _weights(q, k, bias, kinds[part])
             grad_v = grad.transpose(1, 2) @ weights  # transposed, like grad_k: the faster order for a narrow head
             grad_weights = torch.bmm(grad, v.transpose(1, 2))
             grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_bias.index_add_(0, kind[part], grad_logits.view(-1, *bias.shape[1:]))
+            for window_kind, grad_window in zip(kinds[part], grad_logits.view(-1, *bias.shape[1:]), strict=True):
+                grad_bias[window_kind] += grad_window
             scale = width**-0.5
             grad_q = (grad_logits @ k).mul_(scale)
             grad_k = (q.transpose(1, 2) @ grad_logits).mul_(scale)
@@ -65,7 +70,7 @@ def _heads(x: Tensor) -> tuple[Tensor, ...]:
     return x.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, kind: Tensor) -> Tensor:
+def _weights(q: Tensor, k: Tensor, bias: Tensor, kinds: list[int]) -> Tensor:
     """The attention weights, (windows·heads, tokens, tokens)."""
-    logits = bias.index_select(0, kind).flatten(0, 1)
+    logits = torch.cat([bias[kind] for kind in kinds])
     return logits.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)

@@ -1,0 +1,49 @@
+"""The feed-forward blocks, each with a depthwise convolution: ConvFFN (Small, Base, Large) and GatedMLP (Light)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambair_ds.models.layout import convolve
+
+
+def _depthwise(channels: int, kernel_size: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+
+class ConvFFN(nn.Module):
+    """fc2(h + GELU(depthwise(h))) with h = GELU(fc1(x)); (B, H, W, dim) to the same."""
+
+    def __init__(self, dim: int, hidden: int, kernel_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Module()  # only gives the parameters their published names
+        self.dwconv.depthwise_conv = nn.Sequential(_depthwise(hidden, kernel_size), nn.GELU())
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.fc1(x))
+        return self.fc2(h + convolve(self.dwconv.depthwise_conv, h))
+
+
+class GatedMLP(nn.Module):
+    """fc2(x1 · depthwise(LayerNorm(x2))) with x1, x2 the halves of GELU(fc1(x)); (B, H, W, dim) to the same."""
+
+    def __init__(self, dim: int, hidden: int, kernel_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.sg = _SpatialGate(hidden // 2, kernel_size)
+        self.fc2 = nn.Linear(hidden // 2, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.sg(F.gelu(self.fc1(x))))
+
+
+class _SpatialGate(nn.Module):
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.conv = _depthwise(dim, kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, -1)
+        return x1 * convolve(self.conv, self.norm(x2))

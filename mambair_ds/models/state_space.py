@@ -1,0 +1,166 @@
+"""The attentive state space module: tokens are routed to classes, sorted by class, and scanned in that order.
+
+The class of a token does two things: it puts tokens of one kind side by side, so that the scan's memory reaches across
+the whole picture, and it picks the token's prompt, which is added to what the scan reads out of its state (Guo et al.
+2025, arXiv 2411.15269, section 4).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mambair_ds.kernels.philox import NoiseKey, gumbel
+from mambair_ds.kernels.selective_scan import selective_scan
+from mambair_ds.models.layout import convolve
+
+
+class AttentiveStateSpace(nn.Module):
+    """The module for (B, H, W, dim); `index` is its place among the network's layers, in order of execution."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        d_state: int,
+        inner_rank: int,
+        num_tokens: int,
+        index: int,
+        scan_backend: str | None,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.selectiveScan = SelectiveScan(hidden, d_state, scan_backend)
+        self.out_norm = nn.LayerNorm(hidden)
+        self.out_proj = nn.Linear(hidden, dim)
+        self.in_proj = nn.Sequential(nn.Conv2d(dim, hidden, 1))
+        self.CPE = nn.Sequential(nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden))
+        self.embeddingB = nn.Embedding(num_tokens, inner_rank)
+        self.route = Router(dim, num_tokens)
+        nn.init.uniform_(self.embeddingB.weight, -1 / num_tokens, 1 / num_tokens)
+
+    def forward(self, x: Tensor, embedding_a: Tensor, noise: NoiseKey | None) -> Tensor:
+        """(B, H, W, dim) to the same; `embedding_a` is the layer's half of the prompt table, (inner_rank, d_state)."""
+        logits = self.route(x.flatten(1, 2))
+        if self.training:
+            logits = logits + self._gumbel(logits, noise)
+        index = self.route.decide(logits)
+        prompt = _Prompt.apply(logits, self.embeddingB.weight @ embedding_a, index)
+        order, inverse = class_order(index)
+
+        u = convolve(self.in_proj, x)
+        u = u * torch.sigmoid(convolve(self.CPE, u))
+        # The prompt stays in token order though the sequence is sorted: the published network is trained so.
+        y = self.selectiveScan(_permute(u.flatten(1, 2), order, inverse), prompt)
+        y = self.out_proj(self.out_norm(y))
+        return _permute(y, inverse, order).view_as(x)
+
+    def _gumbel(self, logits: Tensor, noise: NoiseKey | None) -> Tensor:
+        if noise is None:  # the published draw, number for number
+            return -torch.empty_like(logits).exponential_().log()
+        return gumbel(noise, self.index, logits.shape, logits.device)
+
+
+class Router(nn.Sequential):
+    """Gives every token the log-probabilities of its classes, and decides on one."""
+
+    def __init__(self, dim: int, num_tokens: int) -> None:
+        super().__init__(nn.Linear(dim, dim // 3), nn.GELU(), nn.Linear(dim // 3, num_tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, dim) to (B, n, num_tokens), float32 at least: rounding costs most here, as routing jumps."""
+        logits = super().forward(x)
+        return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """The class of every token, (B, n) int64, from its (noisy) logits. The only place where a class is chosen."""
+        return logits.softmax(-1).argmax(-1)  # as published: of classes that round to one probability the first
+
+
+class SelectiveScan(nn.Module):
+    """Mamba's scan with its input-dependent parameters, on a sequence (B, L, dim)."""
+
+    def __init__(self, dim: int, d_state: int, backend: str | None) -> None:
+        super().__init__()
+        self.backend = backend
+        rank = math.ceil(dim / 16)
+        self.splits = (rank, d_state, d_state)
+        # The published shapes: a leading 1 for the number of scan directions.
+        self.x_proj_weight = nn.Parameter(torch.empty(1, rank + 2 * d_state, dim))
+        self.dt_projs_weight = nn.Parameter(torch.empty(1, dim, rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(1, dim))
+        self.A_logs = nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(dim, 1))
+        self.Ds = nn.Parameter(torch.ones(dim))
+        nn.init.uniform_(self.x_proj_weight, -(dim**-0.5), dim**-0.5)  # as nn.Linear does
+        nn.init.uniform_(self.dt_projs_weight, -(rank**-0.5), rank**-0.5)
+        with torch.no_grad():
+            step = torch.empty(1, dim).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, u: Tensor, prompt: Tensor) -> Tensor:
+        """(B, L, dim) to the same; `prompt` (B, L, d_state) is added to C."""
+        delta, B, C = F.linear(u, self.x_proj_weight[0]).split(self.splits, -1)
+        delta = F.linear(delta, self.dt_projs_weight[0])
+        with torch.autocast(u.device.type, enabled=False):  # the state and its rates are float32 under mixed precision
+            A_logs, D, bias = (_wide(p) for p in (self.A_logs, self.Ds, self.dt_projs_bias[0]))
+            return selective_scan(u, delta, -A_logs.exp(), B, C + prompt.to(C.dtype), D, bias, True, self.backend)
+
+
+def class_order(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The stable order of tokens by class, and its inverse: two (B, n) int64 permutations of every sample's tokens."""
+    order = torch.argsort(index, dim=1, stable=True)
+    places = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    return order, torch.empty_like(order).scatter_(1, order, places)
+
+
+def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _Permute.apply(x, order, inverse)
+
+
+class _Permute(torch.autograd.Function):
+    """y[b, i] = x[b, order[b, i]]. Autograd's own gradient of a gather adds into zeros, one element after the other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return _take(x, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        return _take(grad, ctx.saved_tensors[0]), None, None
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    batch, length, channels = x.shape
+    rows = order + length * torch.arange(batch, device=x.device)[:, None]
+    return x.reshape(-1, channels).index_select(0, rows.flatten()).view(x.shape)
+
+
+class _Prompt(torch.autograd.Function):
+    """The prompts `table[index]` (B, n, N), with gradients as if a one-hot class were softmax(logits).
+
+    This is the straight-through Gumbel softmax (Jang et al. 2017, arXiv 1611.01144) times the table, without the dense
+    (B, n, T) product.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, table: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(logits, table, index)
+        return F.embedding(index, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        logits, table, index = ctx.saved_tensors
+        soft = logits.softmax(-1)
+        weighted = soft * (grad @ table.T)
+        grad_logits = weighted - soft * weighted.sum(-1, keepdim=True)
+        one_hot = F.one_hot(index.flatten(), len(table)).to(grad.dtype)
+        return grad_logits, one_hot.T @ grad.flatten(0, 1), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
