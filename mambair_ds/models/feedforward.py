@@ -16,13 +16,13 @@ class ConvFFN(nn.Module):
     def __init__(self, dim: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Module()  # only gives the parameters their published names
-        self.dwconv.depthwise_conv = nn.Sequential(_depthwise(hidden, kernel_size), nn.GELU())
+        # The nesting is that of the published names.
+        self.dwconv = nn.ModuleDict({"depthwise_conv": nn.Sequential(_depthwise(hidden, kernel_size), nn.GELU())})
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.fc1(x))
-        return self.fc2(h + convolve(self.dwconv.depthwise_conv, h))
+        return self.fc2(h + convolve(self.dwconv["depthwise_conv"], h))
 
 
 class GatedMLP(nn.Module):

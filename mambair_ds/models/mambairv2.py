@@ -39,8 +39,7 @@ class MambaIRv2(nn.Module):
         dim = config.embed_dim
         self.register_buffer("relative_position_index_SA", relative_position_index(config.window_size))
         self.conv_first = nn.Conv2d(config.in_chans, dim, 3, padding=1)
-        self.patch_embed = nn.Module()  # only gives the norm its published name
-        self.patch_embed.norm = nn.LayerNorm(dim)
+        self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(dim)})  # the nesting is that of the published names
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(config.depths):
             self.layers.append(Stage(config, stage, sum(config.depths[:stage]), depth, feed_forward, scan_backend))
@@ -70,7 +69,7 @@ class MambaIRv2(nn.Module):
         """conv_first and the stages: (B, in_chans, H, W) to features (B, dim, H, W)."""
         x = x.to(self.conv_first.weight.dtype, memory_format=torch.channels_last)
         shallow = self.conv_first(x)
-        x = self.patch_embed.norm(shallow.permute(0, 2, 3, 1))
+        x = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))
         for stage in self.layers:
             x = stage(x, self.relative_position_index_SA, noise)
         return self.conv_after_body(self.norm(x).permute(0, 3, 1, 2)) + shallow
@@ -123,16 +122,16 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.use_checkpoint = config.use_checkpoint
-        self.residual_group = nn.Module()  # only gives the layers their published names
-        self.residual_group.layers = nn.ModuleList(
+        layers = nn.ModuleList(
             AttentiveLayer(config, config.num_heads[stage], bool(j % 2), first_index + j, feed_forward, scan_backend)
             for j in range(depth)
         )
+        self.residual_group = nn.ModuleDict({"layers": layers})  # the nesting is that of the published names
         self.conv = _residual_conv(config.embed_dim, config.resi_connection)
 
     def forward(self, x: Tensor, rpi: Tensor, noise: NoiseKey | None) -> Tensor:
         shortcut = x
-        for layer in self.residual_group.layers:
+        for layer in self.residual_group["layers"].children():
             if self.use_checkpoint and torch.is_grad_enabled():
                 # Keyed noise is drawn again by its key; only the published draw needs the generator's state.
                 x = checkpoint(layer, x, rpi, noise, use_reentrant=False, preserve_rng_state=noise is None)
