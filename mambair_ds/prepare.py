@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"prepare: {error}; run the same command again to continue", file=sys.stderr)
+        print(f"prepare: {args.out}: {error}; run the same command again to continue", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print("prepare: interrupted; run the same command again to continue", file=sys.stderr)
@@ -100,10 +100,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,10 @@ def _collect(packing: Packing) -> tuple[dict[str, Pair], list[Problem]]:
         raise UserError(
             f"--lq names {len(packing.lq)} folders and --gt {len(packing.gt)}: expected one LQ folder a GT folder"
         )
+    folders = [*packing.gt, *packing.lq]
+    missing = [f"{folder}: no such folder; expected a folder of pictures" for folder in folders if not folder.is_dir()]
+    if missing:
+        raise UserError("\n".join(missing))
     problems: list[Problem] = []
     found: dict[str, list[Pair]] = {}
     lq_folders: list[Path | None] = [*packing.lq] or [None] * len(packing.gt)
