@@ -89,7 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--format",
         choices=["tif", "png"],
         default="tif",
-        help="tif: uncompressed, crops are read without decoding; png: about half the size, far slower (%(default)s)",
+        help="tif: uncompressed, crops are read without decoding; png: about a third smaller, far slower (%(default)s)",
     )
     add("--shard-size", type=_positive, default=1024, metavar="MB", help="pixels in a shard (%(default)s)")
     add("--seed", type=int, default=0, help="of the order of the pictures (%(default)s)")
