@@ -1,18 +1,44 @@
 """The operators that PyTorch lacks, one folder each, and the one place that picks an operator's backend.
 
-Every operator has a `reference` (slow, obvious, any device), a CPU backend named `torch`, and a `triton` one; they agree with one
-another and are interchangeable. Importing this package loads neither numba nor triton: a backend's file is imported on its first use.
+Every operator has a `reference` (slow, obvious, any device), a CPU backend named `torch`, and faster ones for GPUs;
+they agree with one another and are interchangeable. Importing this package loads neither numba nor triton: a backend's
+file is imported on its first use.
 """
 
 import functools
+import importlib
 import logging
+import os
+from collections.abc import Mapping
+from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def choose_backend(operator: str, device_type: str) -> str:
-    """The backend that `operator` runs on for tensors of `device_type` ("cpu", "cuda", ...); decided and logged once per pair."""
+def _preferred(operator: str, device_type: str) -> str:
     backend = {"cpu": "torch", "cuda": "triton"}.get(device_type, "reference")
     logger.info("%s on %s: %s backend", operator, device_type, backend)
     return backend
+
+
+def load_backend(operator: str, files: Mapping[str, str], device_type: str, requested: str | None) -> ModuleType:
+    """The module that computes `operator`.
+
+    Args:
+        operator: the name of its folder here.
+        files: the operator's backends, each with the name of its file in the folder.
+        device_type: where the tensors are: "cpu", "cuda", ...
+        requested: a backend's name; None takes the one for the device, decided and logged once.
+
+    Raises:
+        ValueError: there is no such backend, or it does not run on that device.
+    """
+    backend = _preferred(operator, device_type) if requested is None else requested
+    if backend not in files:
+        raise ValueError(f"{operator}: no backend {backend!r}; there are {', '.join(files)}")
+    if backend == "torch" and device_type != "cpu":
+        raise ValueError(f"{operator}: the torch backend runs on the CPU, the tensors are on {device_type}")
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{operator}: the triton backend runs on the CPU only under TRITON_INTERPRET=1")
+    return importlib.import_module(f"{__name__}.{operator}.{files[backend]}")

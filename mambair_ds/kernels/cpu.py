@@ -1,7 +1,8 @@
 """What the CPU backends share: compilation by numba, and a loop over independent tasks on several threads.
 
-The kernels release the GIL and run on plain Python threads rather than under numba's own `prange`: no OpenMP runtime has to be found
-on the machine, calls from several threads and after a fork are safe, and the number of threads is torch's at the moment of the call.
+The kernels release the GIL and run on plain Python threads rather than under numba's own `prange`: no OpenMP runtime
+has to be found on the machine, calls from several threads and after a fork are safe, and the number of threads is
+torch's at the moment of the call.
 """
 
 import functools
@@ -14,21 +15,22 @@ import numba
 import torch
 
 
-def jit(function: Callable[..., Any], *, fastmath: frozenset[str] = frozenset({"contract", "nsz"})) -> Callable[..., Any]:
-    """Compile a kernel for this CPU on its first call, without the GIL and with fused multiply-adds.
-
-    The machine code is kept beside the source, or in the user's cache folder where that is read-only. Where neither can be written
-    it is compiled anew in every process.
-    """
-    options = {"nogil": True, "fastmath": set(fastmath), "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder to keep it in
-        return numba.njit(**options)(function)
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a kernel for this CPU on its first call, without the GIL and with fused multiply-adds."""
+    return _compile(function, {"contract", "nsz"})
 
 
-# For a kernel that sums over its inner loop: the compiler may change the order of additions, once and for all, to vectorise them.
-jit_reassociating = functools.partial(jit, fastmath=frozenset({"contract", "nsz", "reassoc"}))
+def jit_reassociating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jit` for a kernel that sums over its inner loop: the compiler may reorder additions, once and for all."""
+    return _compile(function, {"contract", "nsz", "reassoc"})
+
+
+def _compile(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., Any]:
+    compiler = functools.partial(numba.njit, nogil=True, fastmath=fastmath, error_model="numpy")
+    try:  # the machine code is kept beside the source or, where that is read-only, in the user's cache folder
+        return compiler(cache=True)(function)
+    except RuntimeError:  # neither can be written: every process compiles anew
+        return compiler()(function)
 
 
 @functools.cache

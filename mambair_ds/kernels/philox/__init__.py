@@ -1,23 +1,23 @@
 """Noise that is a function of its place: Philox4x32-10 counters instead of a generator's state.
 
-A number depends on the run's seed, the sample's position in the run's stream, the stream (a layer, say) and the element within the
-sample, and on nothing else. So any number of ranks, any batch size and a resumed run draw the same noise, a backward pass can draw it
-again instead of storing it, and a checkpoint holds no generator.
+A number depends on the run's seed, the sample's position in the run's stream, the stream (a layer, say) and the element
+within the sample, and on nothing else. So any number of ranks, any batch size and a resumed run draw the same noise, a
+backward pass can draw it again instead of storing it, and a checkpoint holds no generator.
 
-Element e of a sample is word e mod 4 of Philox4x32-10 (Salmon et al. 2011, SC'11) for the key (seed's low word, seed's high word) and
-the counter (e div 4, stream, position's low word, position's high word). A word x gives the uniform number ((x >> 9) + 1/2) / 2^23,
-exact in float32 and never 0 or 1. Gumbel noise is -log(-log(uniform)); normal noise is Box and Muller's on the words (0, 1) and (2, 3),
-the first of each pair for the radius, cosine before sine. The words are the same on every backend, the noise up to 1e-6.
+Element e of a sample is word e mod 4 of Philox4x32-10 (Salmon et al. 2011, SC'11) for the key (seed's low word, seed's
+high word) and the counter (e div 4, stream, position's low word, its high word). A word x gives the uniform number
+((x >> 9) + 1/2) / 2^23, exact in float32 and never 0 or 1. Gumbel noise is -log(-log(uniform)); normal noise is
+Box and Muller's on the words (0, 1) and (2, 3), the first of each pair for the radius, cosine before sine. The words are
+the same on every backend, the noise up to 1e-6.
 """
 
-import importlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels import choose_backend
+from mambair_ds.kernels import load_backend
 
 DEGRADATION_STREAM = 2**31
 """The stream of degradation noise; the layers' Gumbel noise has the streams 0, 1, 2, ... in the order of execution."""
@@ -70,9 +70,6 @@ def _draw(
             f"philox: positions is {key.positions.dtype} of shape {tuple(key.positions.shape)}, "
             f"expected torch.int64 of shape {tuple(shape[:1])} for noise of shape {tuple(shape)}"
         )
-    backend = choose_backend("philox", device.type) if backend is None else backend
-    if backend not in _FILES:
-        raise ValueError(f"philox: no backend {backend!r}; there are {', '.join(_FILES)}")
-    module = importlib.import_module(f"{__name__}.{_FILES[backend]}")
+    module = load_backend("philox", _FILES, device.type, backend)
     noise = getattr(module, kind)(key.seed, key.positions.to(device), stream, math.prod(shape[1:]))
     return noise.reshape(shape)

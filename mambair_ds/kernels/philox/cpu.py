@@ -1,4 +1,6 @@
-"""Philox noise on the CPU: loops compiled by numba over fixed tasks of `TILE` elements of one sample, on several threads."""
+"""Philox noise on the CPU: loops compiled by numba over tasks of `TILE` elements of one sample, on several threads."""
+
+# mypy: disable-error-code="no-untyped-def"
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ TILE = 4096
 
 
 @jit
-def _words(block, stream, low, high, k0, k1):  # type: ignore[no-untyped-def]
+def _words(block, stream, low, high, k0, k1):
     """Philox4x32-10; each word a uint64 below 2^32, since a product of two fits no less."""
     mask = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)
@@ -25,8 +27,8 @@ def _words(block, stream, low, high, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @jit
-def log(x):  # type: ignore[no-untyped-def]
-    """Natural logarithm of a normal float32 > 0, within 2e-7 of it: log(2^e m) = e log 2 + 2 artanh((m - 1) / (m + 1))."""
+def log(x):
+    """Natural logarithm of a normal x > 0: log(2^e m) = e log 2 + 2 artanh((m - 1) / (m + 1))."""
     bits = np.float32(x).view(np.int32)
     exponent = np.int32((bits - 0x3F3504F3) >> 23)  # m lies between sqrt(1/2) and sqrt(2)
     m = np.int32(bits - (exponent << 23)).view(np.float32)
@@ -39,7 +41,7 @@ def log(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def sin_cos(turn):  # type: ignore[no-untyped-def]
+def sin_cos(turn):
     """Sine and cosine of 2 pi turn, 0 <= turn <= 1: polynomials on an eighth of a turn around each quarter."""
     quarter = np.int32(turn * np.float32(4) + np.float32(0.5))
     r = turn - np.float32(quarter) * np.float32(0.25)
@@ -58,7 +60,7 @@ def sin_cos(turn):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _fill(task, k0, k1, positions, stream, is_normal, out):  # type: ignore[no-untyped-def]
+def _fill(task, k0, k1, positions, stream, is_normal, out):
     count = out.shape[1]
     tiles = (count + TILE - 1) // TILE
     sample, first = task // tiles, task % tiles * TILE

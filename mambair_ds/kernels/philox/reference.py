@@ -1,4 +1,4 @@
-"""Philox4x32-10 in torch's int64 operations, and the noise in float64 rounded once: what the other backends are tested against."""
+"""Philox4x32-10 in torch's int64 operations, the noise in float64 rounded once: what the others are tested against."""
 
 import math
 

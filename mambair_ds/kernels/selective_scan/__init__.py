@@ -1,11 +1,9 @@
-"""The selective scan of Mamba (Gu and Dao 2023, arXiv 2312.00752, algorithm 2), channels last, with several interchangeable backends."""
-
-import importlib
+"""The selective scan of Mamba (Gu and Dao 2023, arXiv 2312.00752, algorithm 2), channels last, in several backends."""
 
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels import choose_backend
+from mambair_ds.kernels import load_backend
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton", "mamba_ssm": "mamba_ssm"}
 
@@ -21,10 +19,11 @@ def selective_scan(
     delta_softplus: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Run the linear recurrence h_t = exp(Δ_t·A)·h_{t-1} + Δ_t·B_t·u_t, y_t = C_t·h_t + D·u_t along a sequence, from h = 0.
+    """Run h_t = exp(Δ_t·A)·h_{t-1} + Δ_t·B_t·u_t, y_t = C_t·h_t + D·u_t along a sequence, from h = 0.
 
-    Δ = softplus(delta + delta_bias), or delta + delta_bias without `delta_softplus`. Each channel has a state of N numbers, float32
-    whatever the inputs are (float64 for a float64 `u` on the `reference` backend, the only one that takes float64).
+    Δ = softplus(delta + delta_bias), or delta + delta_bias without `delta_softplus`. Each channel has a state of N
+    numbers, float32 whatever the inputs are (float64 for a float64 `u` on the `reference` backend, the only one that
+    takes float64).
 
     Args:
         u: the input, (B, L, D), with at least one position; float32, bfloat16 or float16, as are delta, B and C.
@@ -45,16 +44,13 @@ def selective_scan(
     """
     D = A.new_zeros(A.shape[0]) if D is None else D
     delta_bias = A.new_zeros(A.shape[0]) if delta_bias is None else delta_bias
-    backend = choose_backend("selective_scan", u.device.type) if backend is None else backend
-    if backend not in _FILES:
-        raise ValueError(f"selective_scan: no backend {backend!r}; there are {', '.join(_FILES)}")
-    _check(u, delta, A, B, C, D, delta_bias, backend)
-    module = importlib.import_module(f"{__name__}.{_FILES[backend]}")
+    _check(u, delta, A, B, C, D, delta_bias, float64=backend == "reference")
+    module = load_backend("selective_scan", _FILES, u.device.type, backend)
     return module.selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
 
 
 def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, backend: str
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, *, float64: bool
 ) -> None:
     if u.ndim != 3 or u.shape[1] < 1:
         raise ValueError(f"selective_scan: u has shape {tuple(u.shape)}, expected (batch, length >= 1, channels)")
@@ -78,8 +74,8 @@ def _check(
         if tensor.device != u.device:
             raise ValueError(f"selective_scan: {name} is on {tensor.device}, but u on {u.device}")
         allowed = [torch.float32] if name in parameters else [torch.float32, torch.bfloat16, torch.float16]
-        if backend == "reference":
+        if float64:
             allowed.append(torch.float64)
         if tensor.dtype not in allowed:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise ValueError(f"selective_scan: {name} is {tensor.dtype}; the {backend} backend takes {names}")
+            names = ", ".join(str(dtype) for dtype in allowed)
+            raise ValueError(f"selective_scan: {name} is {tensor.dtype}, expected {names}")

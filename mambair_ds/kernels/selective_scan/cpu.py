@@ -1,12 +1,16 @@
 """The selective scan on the CPU: loops compiled by numba, vectorised over channels, with a backward pass of their own.
 
-A task is one sample and `WIDTH` channels. It walks the sequence in chunks of `CHUNK` positions, whose inputs it copies into small
-zero-padded tiles, so that every inner loop runs over exactly `WIDTH` contiguous floats and becomes a few SIMD instructions. The
-backward pass walks the chunks from the last to the first and recomputes each one's states from the state at its start.
+A task is one sample and `WIDTH` channels. It walks the sequence in chunks of `CHUNK` positions, whose inputs it copies
+into small zero-padded tiles, so that every inner loop runs over exactly `WIDTH` contiguous floats and becomes a few
+SIMD instructions. The backward pass walks the chunks from the last to the first and recomputes each one's states from
+the state at its start.
 
-Tasks are the same whatever the number of threads and samples, and what several of them share (the gradients of A, B, C, D and
-delta_bias) is summed in a fixed order: results are equal to the bit on any number of threads, and a sample's do not depend on its batch.
+Tasks are the same whatever the number of threads and samples, and what several of them share (the gradients of A, B, C,
+D and delta_bias) is summed in a fixed order: results are equal to the bit on any number of threads, and a sample's do
+not depend on its batch.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 import functools
 
@@ -25,8 +29,8 @@ _ONE, _TWO = np.float32(1), np.float32(2)
 
 
 @jit
-def exp2(x):  # type: ignore[no-untyped-def]
-    """2^x for -126 <= x <= 126 (clamped), within 1e-7 of it: a power of two times a polynomial of degree 6 on [-1/2, 1/2]."""
+def exp2(x):
+    """2^x for x clamped to ±126, within 1e-7 of it: a power of two times a polynomial on [-1/2, 1/2]."""
     x = min(max(x, np.float32(-126)), np.float32(126))
     shifted = x + np.float32(12582912)  # 1.5 * 2^23: rounds x to an integer, which stands in the low bits
     f = x - (shifted - np.float32(12582912))
@@ -41,8 +45,8 @@ def exp2(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def softplus(x):  # type: ignore[no-untyped-def]
-    """log(1 + e^x) and its derivative, the sigmoid; log(1 + z) = 2 artanh(z / (2 + z)), accurate for small z too."""
+def softplus(x):
+    """log(1 + e^x) and its derivative; log(1 + z) = 2 artanh(z / (2 + z)), accurate for small z too."""
     z = exp2(-abs(x) * _LOG2E)
     r = z / (_TWO + z)
     w = r * r
@@ -56,7 +60,7 @@ def softplus(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope):  # type: ignore[no-untyped-def]
+def _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope):
     """Copy a chunk's inputs into tiles and apply bias and softplus; `tile_slope` becomes the derivative of the step."""
     width = min(WIDTH, u.shape[2] - first)
     for t in range(start, stop):
@@ -69,7 +73,7 @@ def _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u,
 
 
 @jit
-def _load_rates(A, first):  # type: ignore[no-untyped-def]
+def _load_rates(A, first):
     """The block's A as (N, WIDTH), in units of log 2."""
     tile = np.zeros((A.shape[1], WIDTH), np.float32)
     for d in range(min(WIDTH, A.shape[0] - first)):
@@ -79,7 +83,7 @@ def _load_rates(A, first):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _forward(task, u, delta, A, B, C, D, bias, use_softplus, y, states):  # type: ignore[no-untyped-def]
+def _forward(task, u, delta, A, B, C, D, bias, use_softplus, y, states):
     length, channels = u.shape[1:]
     blocks = (channels + WIDTH - 1) // WIDTH
     batch, first = task // blocks, task % blocks * WIDTH
@@ -88,25 +92,26 @@ def _forward(task, u, delta, A, B, C, D, bias, use_softplus, y, states):  # type
     tile_u = np.zeros((CHUNK, WIDTH), np.float32)
     tile_dt = np.zeros((CHUNK, WIDTH), np.float32)
     tile_slope = np.ones((CHUNK, WIDTH), np.float32)
-    direct = np.zeros(WIDTH, np.float32)
-    direct[:width] = D[first : first + width]
     state = np.zeros((A.shape[1], WIDTH), np.float32)
     out = np.zeros(WIDTH, np.float32)
     for start in range(0, length, CHUNK):
         stop = min(start + CHUNK, length)
-        states[batch, start // CHUNK, :, first : first + width] = state[:, :width]
+        for s in range(A.shape[1]):
+            for d in range(width):
+                states[batch, start // CHUNK, s, first + d] = state[s, d]
         _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
         for t in range(start, stop):
             row_u, row_dt = tile_u[t - start], tile_dt[t - start]
-            for d in range(WIDTH):
-                out[d] = direct[d] * row_u[d]
+            for d in range(width):
+                out[d] = D[first + d] * row_u[d]
             for s in range(A.shape[1]):
                 b, c = B[batch, t, s], C[batch, t, s]
                 for d in range(WIDTH):
                     h = exp2(row_dt[d] * rates[s, d]) * state[s, d] + row_dt[d] * row_u[d] * b
                     state[s, d] = h
                     out[d] += c * h
-            y[batch, t, first : first + width] = out[:width]
+            for d in range(width):
+                y[batch, t, first + d] = out[d]
 
 
 def forward(
@@ -126,9 +131,10 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 @jit_reassociating
-def _backward(  # type: ignore[no-untyped-def]
-    task, grad_y, states, u, delta, A, B, C, D, bias, use_softplus, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias
-):
+def _backward(
+    task, grad_y, states, u, delta, A, B, C, D, bias, use_softplus,
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+):  # fmt: skip
     length, channels = u.shape[1:]
     size = A.shape[1]
     blocks = (channels + WIDTH - 1) // WIDTH
@@ -139,7 +145,7 @@ def _backward(  # type: ignore[no-untyped-def]
     tile_u = np.zeros((CHUNK, WIDTH), np.float32)
     tile_dt = np.zeros((CHUNK, WIDTH), np.float32)
     tile_slope = np.ones((CHUNK, WIDTH), np.float32)
-    history = np.zeros((CHUNK + 1, size, WIDTH), np.float32)  # the states before the chunk and after each of its positions
+    history = np.zeros((CHUNK + 1, size, WIDTH), np.float32)  # the state before the chunk, then after each position
     decays = np.zeros((CHUNK, size, WIDTH), np.float32)
     g_state = np.zeros((size, WIDTH), np.float32)
     g_rates = np.zeros((size, WIDTH), np.float32)
@@ -149,7 +155,9 @@ def _backward(  # type: ignore[no-untyped-def]
     for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
         start = chunk * CHUNK
         stop = min(start + CHUNK, length)
-        history[0, :, :width] = states[batch, chunk, :, first : first + width]
+        for s in range(size):
+            for d in range(width):
+                history[0, s, d] = states[batch, chunk, s, first + d]
         _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
         for k in range(stop - start):
             row_u, row_dt = tile_u[k], tile_dt[k]
@@ -162,9 +170,9 @@ def _backward(  # type: ignore[no-untyped-def]
         for k in range(stop - start - 1, -1, -1):
             t = start + k
             row_u, row_dt = tile_u[k], tile_dt[k]
-            g_y[:width] = grad_y[batch, t, first : first + width]
-            g_input[:] = 0
-            g_dt[:] = 0
+            for d in range(width):
+                g_y[d] = grad_y[batch, t, first + d]
+                g_input[d] = g_dt[d] = 0
             for s in range(size):
                 b, c = B[batch, t, s], C[batch, t, s]
                 g_b = g_c = np.float32(0)
@@ -186,7 +194,9 @@ def _backward(  # type: ignore[no-untyped-def]
                 grad_bias[batch, first + d] += g
                 grad_u[batch, t, first + d] = g_input[d] * row_dt[d] + g_y[d] * D[first + d]
                 grad_D[batch, first + d] += g_y[d] * row_u[d]
-    grad_A[batch, first : first + width] = g_rates[:, :width].T
+    for d in range(width):
+        for s in range(size):
+            grad_A[batch, first + d, s] = g_rates[s, d]
 
 
 def backward(
@@ -210,7 +220,7 @@ def backward(
     inputs = [_to_numpy(x) for x in (grad_y, states, u, delta, A, B, C, D, delta_bias)]
     outputs = [x.numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
     run_tasks(_backward, batch * blocks, *inputs, delta_softplus, *outputs)
-    # Added one after the other: torch's own sum may choose its order by shape and number of threads.
+    # One after the other: torch's own sum may choose its order by shape and number of threads.
     grad_A, grad_B, grad_C, grad_D, grad_bias = (
         functools.reduce(torch.add, x) for x in (grad_A, grad_B, grad_C, grad_D, grad_bias)
     )

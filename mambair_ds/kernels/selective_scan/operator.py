@@ -1,7 +1,7 @@
-"""Turns a backend's forward and backward pass into one differentiable `torch.library` operator, opaque to `torch.compile`.
+"""Turns a backend's forward and backward pass into one differentiable `torch.library` operator.
 
-Besides y the forward pass returns the states at the start of every chunk of the sequence, from which the backward pass recomputes the
-others: memory stays linear in the length, and at 1/chunk of what keeping all states would take.
+Besides y the forward pass returns the states at the start of every chunk of the sequence, from which the backward pass
+recomputes the others: memory stays linear in the length, and at 1/chunk of what keeping all states would take.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ def make_operator(name: str, forward: Forward, backward: Backward, chunk: int) -
     """Register `mambair_ds::<name>` and its backward pass.
 
     Args:
-        forward: (u, delta, A, B, C, D, delta_bias, delta_softplus) to y, (B, L, D) in u's dtype, and the states at the start of every
-            chunk, (B, ceil(L / chunk), N, D) float32.
-        backward: (gradient of y, the states, the arguments of `forward`) to the gradients of u, delta, A, B, C, D and delta_bias,
-            each of its input's shape and dtype.
+        forward: (u, delta, A, B, C, D, delta_bias, delta_softplus) to y, (B, L, D) in u's dtype, and the
+            states at the start of every chunk, (B, ceil(L / chunk), N, D) float32.
+        backward: (gradient of y, the states, the arguments of `forward`) to the gradients of u, delta, A, B, C, D and
+            delta_bias, each of its input's shape and dtype.
         chunk: the positions a chunk has.
     """
 

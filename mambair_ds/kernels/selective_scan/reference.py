@@ -1,4 +1,4 @@
-"""The selective scan as a plain loop over the sequence, differentiated by autograd: what the other backends are tested against."""
+"""The selective scan as a plain loop, differentiated by autograd: what the other backends are tested against."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 def selective_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
 ) -> Tensor:
-    """See `mambair_ds.kernels.selective_scan.selective_scan`; computes in float64 where `u` is float64, else in float32."""
+    """See `mambair_ds.kernels.selective_scan.selective_scan`; in float64 where `u` is float64, else in float32."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     u_, delta, A, B, C, D, delta_bias = (x.to(dtype) for x in (u, delta, A, B, C, D, delta_bias))
     delta = delta + delta_bias
