@@ -134,17 +134,6 @@ class TrainStream:
         """Epoch, from 0, that the next batch begins in."""
         return self.position // self.epoch_size
 
-    @property
-    def fingerprint(self) -> str:
-        """Checksum of all that decides what comes at a position; only streams of one fingerprint continue another."""
-        parts = {
-            "shards": [[s.fingerprint, f.weight] for s, f in zip(self._folders, self._data.shards, strict=True)],
-            "crop": [self._data.gt_size, self._data.use_hflip, self._data.use_rot],
-            "task": self._task.model_dump(),
-            "seed": self._seed,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
     def next(self) -> Batch:
         """The next batch of this rank.
 
@@ -166,7 +155,7 @@ class TrainStream:
             undecodable = self._undecodable(positions)
             if not undecodable:
                 raise
-            raise UserError("\n".join(undecodable)) from error
+            raise UserError("\n".join(dict.fromkeys(undecodable))) from error
         gt, *rest = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         keys = torch.from_numpy(positions)
         lq = rest[0] if rest else self._noisy(gt, keys)
@@ -259,19 +248,30 @@ class TrainStream:
         return failed
 
 
-def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkConfig) -> None:
+def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkConfig) -> str:
     """Check, before anything heavy starts, that the shards fit one another, the crop, the task and the network.
+
+    Returns:
+        A checksum of all that decides, beside the seed, what comes at a position: a stream goes on only in one of the
+        same checksum.
 
     Raises:
         UserError: naming the folder and what was expected.
     """
-    first = _open(data, task)[0]
+    folders = _open(data, task)
+    first = folders[0]
     if first.channels != network.in_chans:
         raise UserError(
             f"{first.folder}: pictures of {first.channels} channels, network.in_chans is {network.in_chans}"
         )
     if task.kind == "sr" and first.scale != network.upscale:
         raise UserError(f"{first.folder}: prepared with scale {first.scale}, network.upscale is {network.upscale}")
+    parts = {
+        "shards": [[s.fingerprint, f.weight] for s, f in zip(folders, data.shards, strict=True)],
+        "crop": [data.gt_size, data.use_hflip, data.use_rot],
+        "task": task.model_dump(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _open(data: TrainDataConfig, task: TaskConfig) -> list[Shards]:

@@ -1,19 +1,20 @@
-"""TensorBoard and Weights & Biases, independent of each other, under the same names.
+"""Where scalars go: always a JSON-lines file, and TensorBoard and Weights & Biases if asked for, under the same names.
 
-Both are opened on the main rank only. A resumed run goes on with its W&B run and on its TensorBoard step axis.
+All are opened on the main rank only. A resumed run goes on with its file, its W&B run and its TensorBoard step axis;
+the iterations that an interrupted run did after its last checkpoint stand twice in the file, and the later line counts.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mambair_ds.config import RunConfig
 
 
 class Trackers:
-    """Writers of scalars that the config asks for; without any, every call does nothing."""
+    """The writers of one run."""
 
     def __init__(self, config: RunConfig, iteration: int, wandb_id: str | None) -> None:
         """Open the writers.
@@ -27,6 +28,8 @@ class Trackers:
         self._tensorboard: Any = None
         self._wandb: Any = None
         folder = config.folder / "log"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "scalars.jsonl").open("a", buffering=1)
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -42,12 +45,13 @@ class Trackers:
                 name=config.name,
                 id=self.wandb_id,
                 resume="allow",
-                dir=_made(folder),
+                dir=str(folder),
                 config=config.model_dump(mode="json"),
             )
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Write named values of one iteration."""
+        self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, iteration)
@@ -56,12 +60,8 @@ class Trackers:
 
     def close(self) -> None:
         """Flush and close."""
+        self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def _made(folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)

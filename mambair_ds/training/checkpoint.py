@@ -60,7 +60,7 @@ class RunState:
     seed: int = 0
     """The run's seed, given or drawn."""
     stream: str = ""
-    """Fingerprint of the data stream."""
+    """Checksum of the data stream."""
     best: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
     """Best value and its iteration, by validation set and metric."""
     wandb_id: str | None = None
@@ -144,11 +144,17 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> None:
-    """Refuse to continue a checkpoint with settings that make another run of it.
+def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int, stream: str) -> None:
+    """Refuse to continue a checkpoint with settings or data that make another run of it.
+
+    Args:
+        checkpoint: what to continue.
+        config: the settings to continue with.
+        world_size: number of ranks.
+        stream: checksum of the data stream (`check_train_data`).
 
     Raises:
-        UserError: listing every differing key, or the layout the checkpoint was saved on.
+        UserError: listing every differing key, or the layout or data the checkpoint was saved with.
     """
     saved, now = _flat(checkpoint.manifest["config"]), _flat(config.model_dump(mode="json"))
     differing = [
@@ -166,6 +172,11 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int) 
         raise UserError(
             f"{checkpoint.path} was saved on {checkpoint.manifest['world_size']} ranks, this run has {world_size}; "
             "resume on the same number of ranks"
+        )
+    if checkpoint.manifest["stream"] != stream:
+        raise UserError(
+            f"{checkpoint.path}: the shards in data.train.shards are not those it was trained on; "
+            "point to the same shards, or start over with --fresh"
         )
 
 
@@ -224,6 +235,8 @@ def _seal(partial: Path, final: Path, state: RunState, config: RunConfig, launch
         "format": FORMAT,
         "iteration": state.iteration,
         "world_size": launch.world_size,
+        "seed": state.seed,
+        "stream": state.stream,
         "config": config.model_dump(mode="json"),
         "files": files,
     }

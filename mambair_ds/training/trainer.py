@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import logging
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
-from mambair_ds.config import RunConfig, UserError
+from mambair_ds.config import RunConfig
 from mambair_ds.data.pipeline import TrainStream, check_train_data
 from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
@@ -49,11 +50,18 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool) -> 
     """
     console = log_to_console(launch.rank)
     console.info("%s: rank %d of %d, started by %s", config.name, launch.rank, launch.world_size, launch.launcher)
-    check_train_data(config.data.train, config.task, config.network)
+    stream_checksum = check_train_data(config.data.train, config.task, config.network)
     val_sets = open_sets(config)
     checkpoint = None if fresh else _find_checkpoint(config, resume)
     if checkpoint:
-        checkpoints.check_resumable(checkpoint, config, launch.world_size)
+        checkpoints.check_resumable(checkpoint, config, launch.world_size, stream_checksum)
+    seed = checkpoint.manifest["seed"] if checkpoint else config.seed
+    state = RunState(seed=secrets.randbelow(2**31) if seed is None else seed, stream=stream_checksum)
+    _seed_everything(state.seed)
+    network = build_model(config.network)
+    pretrain = config.train.pretrain
+    if pretrain and not checkpoint:
+        load_network(network, pretrain.path, strict=pretrain.strict, param_key=pretrain.param_key)
 
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -65,7 +73,7 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool) -> 
         dist.barrier()
         if launch.is_main:
             log_to_file(config.folder / "log" / f"train_{config.name}_{_timestamp()}.log")
-        Trainer(config, launch, device, val_sets, checkpoint).fit()
+        Trainer(config, launch, device, network, state, val_sets, checkpoint).fit()
     finally:
         dist.destroy_process_group()
 
@@ -78,25 +86,28 @@ class Trainer:
         config: RunConfig,
         launch: Launch,
         device: torch.device,
+        network: nn.Module,
+        state: RunState,
         val_sets: dict[str, ValidationSet],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Build network, engine and data stream, and restore `checkpoint` into them if given."""
+        """Build engine and data stream around `network`, and restore `checkpoint` into them if given."""
         self.config, self.launch, self.device, self.val_sets = config, launch, device, val_sets
         train, data = config.train, config.data.train
         self.precision = train.precision
         if self.precision == "auto":
             self.precision = "bf16" if device.type == "cuda" else "fp32"
 
-        seed = checkpoint.manifest["config"]["seed"] if checkpoint else config.seed
-        self.config = config = config.model_copy(update={"seed": self._agree(seed)})
-        self.state = RunState(seed=config.seed)
-        _seed_everything(self.state.seed)
-        network = build_model(config.network).to(device)
+        # Rank 0's weights and seed count: without a seed in the config every rank has drawn its own.
+        network.to(device)
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, src=0)
+        seed = torch.tensor(state.seed, device=device)
+        dist.broadcast(seed, src=0)
+        state.seed = int(seed)
+        self.state = state
         # A plain copy: the layout of exported weights, and the network that validates, whatever ZeRO does to the other.
-        self.whole = build_model(config.network).to(device).eval().requires_grad_(False)
-        if train.pretrain and not checkpoint:
-            load_network(network, train.pretrain.path, strict=train.pretrain.strict, param_key=train.pretrain.param_key)
+        self.whole = copy.deepcopy(network).eval().requires_grad_(False)
         self.engine = Engine(network, train, data.batch_size, self.precision)
         self.ema = Ema(self.engine.local_tensors(), train.ema_decay) if train.ema_decay else None
         # Ranks draw different published noise and the same counter-based noise, which is keyed by the sample.
@@ -115,10 +126,9 @@ class Trainer:
             position=self.state.position,
             device=device,
         )
-        self._check_stream(checkpoint)
         self.trackers: Trackers | None = None
         if launch.is_main:
-            self._describe(network, checkpoint)
+            self._describe(checkpoint)
             self.trackers = Trackers(config, self.state.iteration, self.state.wandb_id)
             self.state.wandb_id = self.trackers.wandb_id
 
@@ -126,20 +136,17 @@ class Trainer:
         """Train to the last iteration, then say how long it took."""
         config, state, total = self.config, self.state, self.config.train.total_iter
         start = self._interval_start = time.perf_counter()
-        self._data_time, self._interval_iteration, validated = 0.0, state.iteration, -1
+        self._data_time, self._interval_iteration = 0.0, state.iteration
         while state.iteration < total:
             state.iteration += 1
-            logs = state.iteration % config.log.print_freq == 0
+            logs, last = state.iteration % config.log.print_freq == 0, state.iteration == total
             loss, norm = self._step(want_norm=logs)
             if logs:
-                self._log(loss, norm, time.perf_counter() - start)
-            if state.iteration % config.data.val.every == 0:
+                self._log(loss, norm)
+            if state.iteration % config.data.val.every == 0 or last:
                 self._validate()
-                validated = state.iteration
-            if state.iteration % config.checkpoint.every == 0 or state.iteration == total:
+            if state.iteration % config.checkpoint.every == 0 or last:
                 self._save()
-        if validated != state.iteration:
-            self._validate()
         elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
         logger.info("End of training. Time consumed: %s", elapsed)
         if self.trackers:
@@ -163,7 +170,7 @@ class Trainer:
         self.state.position = self.stream.position
         return torch.stack(losses).mean(), norm
 
-    def _log(self, loss: Tensor, norm: float | None, elapsed: float) -> None:
+    def _log(self, loss: Tensor, norm: float | None) -> None:
         """Say where the run is; the only place in a step that reads from the device."""
         dist.all_reduce(loss)
         value = float(loss) / self.launch.world_size
@@ -242,21 +249,7 @@ class Trainer:
         logger.info("Saved %s", path)
         self._interval_start += time.perf_counter() - began
 
-    def _agree(self, seed: int | None) -> int:
-        """The given seed, or one that rank 0 draws for all."""
-        drawn = [secrets.randbelow(2**31) if seed is None else seed]
-        dist.broadcast_object_list(drawn, device=self.device)
-        return int(drawn[0])
-
-    def _check_stream(self, checkpoint: Checkpoint | None) -> None:
-        if checkpoint and self.state.stream != self.stream.fingerprint:
-            raise UserError(
-                f"{checkpoint.path}: the shards in data.train.shards are not those it was trained on; "
-                "point to the same shards, or start over with --fresh"
-            )
-        self.state.stream = self.stream.fingerprint
-
-    def _describe(self, network: torch.nn.Module, checkpoint: Checkpoint | None) -> None:
+    def _describe(self, checkpoint: Checkpoint | None) -> None:
         config, train, data = self.config, self.config.train, self.config.data.train
         environment = describe_environment(self.launch.launcher, self.launch.world_size)
         (config.folder / "environment.json").write_text(json.dumps(environment, indent=1))
