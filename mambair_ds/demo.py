@@ -77,9 +77,8 @@ def show(config: RunConfig) -> None:
     from mambair_ds.data.degradations import resize_uint8
     from mambair_ds.data.folders import open_validation_set
     from mambair_ds.inference import restore
-    from mambair_ds.metrics import psnr, ssim
     from mambair_ds.models import build_model
-    from mambair_ds.training.validation import degrade, to_picture, to_tensor
+    from mambair_ds.training.validation import degrade, measure, to_picture, to_tensor
     from mambair_ds.weights import load_network
 
     scale, val = config.network.upscale, config.data.val
@@ -92,11 +91,11 @@ def show(config: RunConfig) -> None:
     restored = to_picture(restore(network.to(device), to_tensor(lq, device), scale))
     bicubic = resize_uint8(lq, scale)
 
-    measure = {"crop_border": val.crop_border, "test_y_channel": val.test_y_channel}
     print(f"\nA photograph the network never saw, x{scale}, after {config.train.total_iter} iterations:\n")
     print("| method  | PSNR (Y, dB) | SSIM (Y) |\n| ------- | ------------ | -------- |")
     for name, picture in (("bicubic", bicubic), ("network", restored)):
-        print(f"| {name} | {psnr(picture, gt, **measure):12.2f} | {ssim(picture, gt, **measure):8.4f} |")
+        psnr, ssim = measure(picture, gt, val)
+        print(f"| {name} | {psnr:12.2f} | {ssim:8.4f} |")
     path = config.experiments_root.parent / "result.png"
     _write_strip({"LQ": lq, "bicubic": bicubic, "network": restored, "GT": gt}, path)
     print(f"\nLQ, bicubic, network and GT side by side: {path}")

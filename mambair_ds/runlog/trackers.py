@@ -37,17 +37,17 @@ class Trackers:
         if config.log.wandb:
             import wandb
 
-            self.wandb_id = wandb_id or wandb.util.generate_id()
             self._wandb = wandb.init(
                 project=config.log.wandb.project,
                 entity=config.log.wandb.entity,
                 mode=config.log.wandb.mode,
                 name=config.name,
-                id=self.wandb_id,
+                id=wandb_id,
                 resume="allow",
                 dir=str(folder),
                 config=config.model_dump(mode="json"),
             )
+            self.wandb_id = self._wandb.id
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Write named values of one iteration."""

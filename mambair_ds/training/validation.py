@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mambair_ds.config import RunConfig, TaskConfig
+from mambair_ds.config import RunConfig, TaskConfig, ValidationConfig
 from mambair_ds.data.degradations import add_validation_noise, jpeg_roundtrip, resize_uint8
 from mambair_ds.data.folders import ValidationSet, open_validation_set
 from mambair_ds.inference import restore
@@ -61,6 +61,12 @@ def to_picture(output: Tensor) -> np.ndarray:
     return values.permute(1, 2, 0).byte().cpu().numpy()
 
 
+def measure(picture: np.ndarray, gt: np.ndarray, options: ValidationConfig) -> tuple[float, float]:
+    """PSNR in dB and SSIM of a uint8 (H, W, C) picture against its GT, on the channels and inside the border asked for."""
+    border, y_channel = options.crop_border, options.test_y_channel
+    return psnr(picture, gt, border, y_channel), ssim(picture, gt, border, y_channel)
+
+
 def validate(
     network: nn.Module,
     sets: dict[str, ValidationSet],
@@ -79,8 +85,7 @@ def validate(
             if lq is None:
                 lq = degrade(gt, config.task, config.network.upscale)
             picture = to_picture(restore(network, to_tensor(lq, device), config.network.upscale))
-            measure = {"crop_border": options.crop_border, "test_y_channel": options.test_y_channel}
-            values[i] = torch.tensor([psnr(picture, gt, **measure), ssim(picture, gt, **measure)])
+            values[i] = torch.tensor(measure(picture, gt, options))
             if options.save_img:
                 _save(picture, config.folder / "visualization" / val_set.name(i), f"{val_set.name(i)}_{iteration}.png")
         values = values.to(device)

@@ -172,3 +172,31 @@ def test_data_that_does_not_fit_is_refused_before_a_process_group(
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2
     assert not (workplace.folder / "experiments").exists()
+
+
+def test_a_failed_save_stops_the_run_and_keeps_the_checkpoint_before(workplace: Workplace) -> None:
+    settings = ["train.total_iter=4", "checkpoint.every=2"]
+    assert workplace.train("train.total_iter=2", "checkpoint.every=2").returncode == 0
+    folder = workplace.folder / "experiments/tiny/checkpoints"
+    # A file-size limit stands in for a full disk: the write fails in the same place, with the same kind of error.
+    limited = ["bash", "-c", 'ulimit -f 20 && exec "$@"', "-", *workplace.command(*settings)]
+    failed = subprocess.run(limited, cwd=workplace.folder, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 1, failed.stderr
+    assert "could not save checkpoint" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert [path.name for path in folder.iterdir()] == ["0000002"]
+    assert workplace.train(*settings).returncode == 0
+    assert workplace.scalars().keys() == {1, 2, 3, 4}
+
+
+@pytest.mark.slow
+def test_wandb_offline_continues_its_run(workplace: Workplace) -> None:
+    settings = ["log.wandb.project=test", "log.wandb.mode=offline", "checkpoint.every=2"]
+    assert workplace.train("train.total_iter=2", *settings).returncode == 0
+    done = workplace.train("train.total_iter=4", *settings)
+    assert done.returncode == 0, done.stderr
+    runs = [
+        path.name.rsplit("-", 1)[1] for path in (workplace.folder / "experiments/tiny/log/wandb").glob("offline-run-*")
+    ]
+    assert len(runs) == 2
+    assert len(set(runs)) == 1
