@@ -10,14 +10,13 @@ def selective_scan(
 ) -> Tensor:
     """See `mambair_ds.kernels.selective_scan.selective_scan`; in float64 where `u` is float64, else in float32."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    u_, delta, A, B, C, D, delta_bias = (x.to(dtype) for x in (u, delta, A, B, C, D, delta_bias))
+    x, delta, A, B, C, D, delta_bias = (tensor.to(dtype) for tensor in (u, delta, A, B, C, D, delta_bias))
     delta = delta + delta_bias
     if delta_softplus:
         delta = F.softplus(delta)
-    state = u_.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    state = x.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     outputs = []
-    for t in range(u.shape[1]):
-        decay = torch.exp(delta[:, t, :, None] * A)
-        state = decay * state + (delta[:, t] * u_[:, t])[:, :, None] * B[:, t, None, :]
-        outputs.append((state * C[:, t, None, :]).sum(-1) + D * u_[:, t])
+    for x_t, delta_t, B_t, C_t in zip(x.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        state = torch.exp(delta_t[:, :, None] * A) * state + (delta_t * x_t)[:, :, None] * B_t[:, None, :]
+        outputs.append((state * C_t[:, None, :]).sum(-1) + D * x_t)
     return torch.stack(outputs, 1).to(u.dtype)

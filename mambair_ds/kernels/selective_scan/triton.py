@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mambair_ds.kernels.selective_scan.operator import make_operator
 
-CHUNK = 16
+CHUNK = 12  # the most whose values fit the registers of `backward_inputs` on every supported GPU
 WIDTH = 32
 WARPS = 1
 
@@ -202,17 +202,17 @@ def backward_inputs(
         rate = _load(A + d * N + s, in_d) * LOG2E
         h = _load(states + (place * N + s) * channels + d, in_d)
         r = _load(grad_states + (place * N + s) * channels + d, in_d)
-        before, decays, b = (), (), ()
+        before, decays = (), ()
         for k in tl.static_range(CHUNK):
             before = before + (h,)
             decays = decays + (tl.exp2(dt[k] * rate),)
-            b = b + (_load(B + (start + k) * N + s, k < steps),)
-            h = decays[k] * h + drive[k] * b[k]
+            h = decays[k] * h + drive[k] * _load(B + (start + k) * N + s, k < steps)
             inner = tl.sum(gy[k] * h, 0)
             tl.store(part_C + (sums + k) * N + s, inner, mask=k < steps)
         g_rate = tl.zeros((WIDTH,), tl.float32)
         new_g_dt, new_g_drive = (), ()
         for k in tl.static_range(CHUNK - 1, -1, -1):
+            b = _load(B + (start + k) * N + s, k < steps)  # again: registers are scarcer than loads
             c = _load(C + (start + k) * N + s, k < steps)
             q = r + c * gy[k]
             inner = tl.sum(q * drive[k], 0)
@@ -221,7 +221,7 @@ def backward_inputs(
             g = r * before[k]  # the gradient of the exponent Δ·A
             g_rate += g * dt[k]
             new_g_dt = (g_dt[k] + g * rate,) + new_g_dt
-            new_g_drive = (g_drive[k] + q * b[k],) + new_g_drive
+            new_g_drive = (g_drive[k] + q * b,) + new_g_drive
         g_dt, g_drive = new_g_dt, new_g_drive
         tl.store(part_A + (place * N + s) * channels + d, g_rate, mask=in_d)
     g_direct = tl.zeros((WIDTH,), tl.float32)

@@ -1,0 +1,95 @@
+"""The selective scan's Triton backend: on a GPU if there is one, else interpreted; and built for GPUs not at hand.
+
+The interpreter takes about a second for a chunk of twelve positions and 32 channels, so sizes are small by default.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scan_inputs import assert_matches_reference, make_inputs, run
+
+from mambair_ds.kernels.selective_scan import selective_scan
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "states"),
+    [
+        (2, 1, 1, 5),
+        (1, 17, 48, 8),
+        (1, 14, 3, 16),
+        (1, 100, 2, 2),
+        pytest.param(1, 300, 48, 8, marks=pytest.mark.slow),
+        pytest.param(2, 17, 87, 16, marks=pytest.mark.slow),
+        pytest.param(1, 300, 87, 16, marks=pytest.mark.gpu),
+        pytest.param(2, 4097, 348, 16, marks=pytest.mark.gpu),
+    ],
+)
+def test_gradients_equal_the_reference(batch: int, length: int, channels: int, states: int, device: str) -> None:
+    inputs = [x.to(device) for x in make_inputs(batch, length, channels, states)]
+    assert_matches_reference(inputs, True, "triton", 1e-5)
+
+
+def test_without_softplus(device: str) -> None:
+    inputs = make_inputs(1, 14, 5, 3)
+    inputs[1], inputs[6] = inputs[1].abs(), torch.zeros(5)
+    assert_matches_reference([x.to(device) for x in inputs], False, "triton", 1e-5)
+
+
+def test_leaving_out_D_and_bias_means_zero(device: str) -> None:
+    u, delta, A, B, C, _, _ = (x.to(device) for x in make_inputs(1, 14, 5, 3))
+    y = selective_scan(u, delta, A, B, C, backend="triton")
+    torch.testing.assert_close(y, selective_scan(u, delta, A, B, C, backend="reference"), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_in_and_out_with_a_float32_state(device: str) -> None:
+    inputs = [(x if x.ndim < 3 else x.bfloat16()).to(device) for x in make_inputs(1, 20, 7, 2)]
+    result = run(inputs, True, "triton")
+    assert [result[name].dtype for name in ("y", "u", "delta", "B", "C")] == [torch.bfloat16] * 5
+    assert [result[name].dtype for name in ("A", "D", "delta_bias")] == [torch.float32] * 3
+    assert_matches_reference(inputs, True, "triton", 2**-7)  # the interpreter cuts digits off instead of rounding
+
+
+def test_two_runs_agree_to_the_bit(device: str) -> None:
+    inputs = [x.to(device) for x in make_inputs(1, 20, 40, 2)]
+    first, second = run(inputs, True, "triton"), run(inputs, True, "triton")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_operator_passes_torchs_own_checks(device: str) -> None:
+    inputs = [x.to(device).requires_grad_() for x in make_inputs(1, 3, 2, 2)]
+    selective_scan(*inputs, backend="triton")  # registers it
+    torch.library.opcheck(
+        torch.ops.mambair_ds.selective_scan_triton.default,
+        (*inputs, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_the_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="runs on the CPU only under TRITON_INTERPRET=1"):
+        selective_scan(*make_inputs(1, 2, 3, 4), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("states", "dtype"), [("16", "bf16"), pytest.param("8", "fp32", marks=pytest.mark.slow)], ids=["base", "light"]
+)
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
+def test_kernels_build_for_gpus_without_spilling(
+    capability: str, states: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    report = Path(__file__).with_name("aot_report.py")
+    command = [sys.executable, str(report), capability, states, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kernels = [line.split() for line in done.stdout.splitlines()]
+    assert len(kernels) == 7
+    for name, registers, stack, _ in kernels:
+        assert stack == "0", (
+            f"{name} spills registers on sm_{capability}: {registers} registers, {stack} bytes of stack"
+        )
