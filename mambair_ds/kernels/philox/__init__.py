@@ -7,8 +7,8 @@ backward pass can draw it again instead of storing it, and a checkpoint holds no
 Element e of a sample is word e mod 4 of Philox4x32-10 (Salmon et al. 2011, SC'11) for the key (seed's low word, seed's
 high word) and the counter (e div 4, stream, position's low word, its high word). A word x gives the uniform number
 ((x >> 9) + 1/2) / 2^23, exact in float32 and never 0 or 1. Gumbel noise is -log(-log(uniform)); normal noise is
-Box and Muller's on the words (0, 1) and (2, 3), the first of each pair for the radius, cosine before sine. The words are
-the same on every backend, the noise up to 1e-6.
+Box and Muller's on the words (0, 1) and (2, 3), the first of each pair for the radius, cosine before sine. The words
+are the same on every backend, the noise up to 1e-6.
 """
 
 import math
