@@ -75,13 +75,16 @@ def read_weights(path: str | Path, param_key: str = "params") -> dict[str, Tenso
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_safetensors(path.read_bytes())
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    try:
+        content: Any
+        if path.suffix == ".safetensors":
+            content = load_safetensors(data)
+        else:
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: broken, or no file of weights: {reason}") from error
     if isinstance(content, dict) and "params" in content:

@@ -48,7 +48,8 @@ def build_tiny(seed=0, **changes):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "selectiveScan" not in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+                parameter.add_(torch.randn_like(parameter) / fan_in**0.5)
     return model
 
 

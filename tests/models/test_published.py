@@ -36,12 +36,8 @@ def test_state_dict_is_the_published_one(name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def _slow(*names):
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 @pytest.mark.parametrize("case", ["a", "b"])
-@pytest.mark.parametrize("name", ["lightSR_x2", "lightSR_x3", "lightSR_x4", *_slow("SRSmall_x2", "SR_x2", "ColorDN")])
+@pytest.mark.parametrize("name", FORWARD)
 def test_routes_and_outputs(name, case):
     recorded = reference(f"forward_{name}")
     routes = torch.from_numpy(recorded[f"route_{case}"].astype(np.int64))

@@ -1,0 +1,163 @@
+"""The network's parts against their definitions, written out the long way."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mambair_ds.models.attention import WindowAttention, relative_position_index, seam_masks, window_kinds
+from mambair_ds.models.feedforward import ConvFFN, GatedMLP
+from mambair_ds.models.layout import from_windows, to_windows
+from mambair_ds.models.state_space import AttentiveStateSpace, Router, SelectiveScan, _Prompt, class_order
+
+
+def _same(a, b, atol=1e-6):
+    np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=0, atol=atol)
+
+
+def test_windows_there_and_back():
+    x = torch.arange(2 * 6 * 9 * 5).view(2, 6, 9, 5)
+    windows = to_windows(x, 3)
+    assert windows.shape == (12, 9, 5)
+    assert torch.equal(windows[4].view(3, 3, 5), x[0, 3:6, 3:6])  # second row, second column of the first picture
+    assert torch.equal(from_windows(windows, 3, 6, 9), x)
+
+
+def test_relative_position_index():
+    w = 5
+    rpi = relative_position_index(w)
+    for query, key in [(0, 0), (0, 24), (24, 0), (7, 13), (12, 12)]:
+        down, across = query // w - key // w, query % w - key % w
+        assert rpi[query, key] == (down + w - 1) * (2 * w - 1) + across + w - 1
+    assert rpi.min() == 0 and rpi.max() == (2 * w - 1) ** 2 - 1
+
+
+def _swin_mask(height, width, w):
+    """The nine regions that a roll by half a window brings together, and -100 between them, window by window."""
+    regions = torch.zeros(1, height, width, 1)
+    cuts = [slice(0, -w), slice(-w, -(w // 2)), slice(-(w // 2), None)]
+    for i, rows in enumerate(cuts):
+        for j, columns in enumerate(cuts):
+            regions[:, rows, columns] = 3 * i + j
+    regions = to_windows(regions, w)[..., 0]
+    return -100.0 * (regions[:, :, None] != regions[:, None])
+
+
+def test_seam_masks_keep_the_nine_regions_apart():
+    for rows, columns in [(1, 1), (1, 3), (3, 1), (2, 4)]:
+        kinds = window_kinds(rows, columns, torch.device("cpu"))
+        assert torch.equal(seam_masks(4, torch.device("cpu"))[kinds], _swin_mask(4 * rows, 4 * columns, 4))
+
+
+def test_window_attention_with_bias_table_and_mask():
+    torch.manual_seed(0)
+    w, heads, dim, rows, columns = 4, 3, 15, 2, 3
+    for shifted in (False, True):
+        attention = WindowAttention(dim, w, heads, shifted)
+        nn.init.normal_(attention.relative_position_bias_table)
+        qkv = torch.randn(2 * rows * columns, w * w, 3 * dim)
+        rpi = relative_position_index(w)
+        q, k, v = qkv.view(-1, w * w, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(-1, -2) * (dim // heads) ** -0.5
+        logits = logits + attention.relative_position_bias_table[rpi].permute(2, 0, 1)
+        if shifted:
+            logits = logits + _swin_mask(rows * w, columns * w, w).repeat(2, 1, 1)[:, None]
+        y = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        _same(attention(qkv, rpi, rows, columns), y, atol=2e-6)
+
+
+def test_conv_ffn():
+    block = ConvFFN(6, 10, 5)
+    x = torch.randn(2, 7, 8, 6)
+    conv = block.dwconv["depthwise_conv"][0]
+    h = F.gelu(block.fc1(x))
+    mixed = F.conv2d(h.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=2, groups=10).permute(0, 2, 3, 1)
+    _same(block(x), block.fc2(h + F.gelu(mixed)))
+
+
+def test_gated_mlp():
+    block = GatedMLP(6, 10, 5)
+    x = torch.randn(2, 7, 8, 6)
+    x1, x2 = F.gelu(block.fc1(x)).split(5, -1)
+    x2 = F.layer_norm(x2, (5,), block.sg.norm.weight, block.sg.norm.bias).permute(0, 3, 1, 2)
+    x2 = F.conv2d(x2, block.sg.conv.weight, block.sg.conv.bias, padding=2, groups=5).permute(0, 2, 3, 1)
+    _same(block(x), block.fc2(x1 * x2))
+
+
+def test_router_logits():
+    torch.manual_seed(0)
+    router = Router(12, 5)
+    x = torch.randn(2, 9, 12)
+    scores = F.linear(x, router[0].weight, router[0].bias)
+    scores = 0.5 * scores * (1 + torch.erf(scores / math.sqrt(2)))
+    scores = F.linear(scores, router[2].weight, router[2].bias)
+    _same(router(x), scores - torch.logsumexp(scores, -1, keepdim=True))
+    assert torch.equal(router.decide(router(x)), scores.argmax(-1))
+
+
+def test_of_equal_classes_the_first_is_chosen():
+    router = Router(3, 4)
+    assert router.decide(torch.tensor([[[0.0, 2.0, 2.0, 1.0], [5.0, 1.0, 1.0, 5.0]]])).tolist() == [[1, 0]]
+
+
+def test_class_order_is_stable_and_invertible():
+    index = torch.randint(4, (3, 50))
+    order, inverse = class_order(index)
+    for row in range(3):
+        expected = sorted(range(50), key=lambda i: (int(index[row, i]), i))
+        assert order[row].tolist() == expected
+    assert torch.equal(inverse.gather(1, order), torch.arange(50).expand(3, 50))
+
+
+def test_prompt_has_the_straight_through_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 7, 5, requires_grad=True)
+    table = torch.randn(5, 3, requires_grad=True)
+    grad = torch.randn(2, 7, 3)
+    index = logits.argmax(-1)
+    soft = logits.softmax(-1)
+    policy = F.one_hot(index, 5) - soft.detach() + soft
+    dense = [policy @ table, *torch.autograd.grad(policy @ table, (logits, table), grad)]
+    prompt = _Prompt.apply(logits, table, index)
+    for a, b in zip([prompt, *torch.autograd.grad(prompt, (logits, table), grad)], dense, strict=True):
+        _same(a, b)
+
+
+def test_selective_scan_parameters_against_the_recurrence():
+    torch.manual_seed(0)
+    dim, states, length = 20, 3, 11
+    scan = SelectiveScan(dim, states, None)
+    nn.init.normal_(scan.Ds)
+    u, prompt = torch.randn(1, length, dim), torch.randn(1, length, states)
+    projected = u[0] @ scan.x_proj_weight[0].T
+    raw, B, C = projected[:, :2], projected[:, 2:5], projected[:, 5:]  # rank of the step: ceil(20 / 16)
+    step = F.softplus(raw @ scan.dt_projs_weight[0].T + scan.dt_projs_bias[0])
+    A, h, y = -torch.exp(scan.A_logs), torch.zeros(dim, states), []
+    for t in range(length):
+        h = torch.exp(step[t, :, None] * A) * h + step[t, :, None] * B[t] * u[0, t, :, None]
+        y.append((h * (C[t] + prompt[0, t])).sum(-1) + scan.Ds * u[0, t])
+    _same(scan(u, prompt)[0], torch.stack(y), atol=2e-6)
+
+
+def test_prompts_stay_in_token_order_while_tokens_are_sorted():
+    """The published network adds the prompt of the token at place k to the k-th token of the sorted sequence."""
+    torch.manual_seed(0)
+    module = AttentiveStateSpace(6, 6, 4, 3, 5, index=0, scan_backend=None).eval()
+    x, embedding_a = torch.randn(1, 3, 4, 6), torch.randn(3, 4)
+    seen = []
+    module.selectiveScan.register_forward_pre_hook(lambda _, args: seen.append(args))
+    out = module(x, embedding_a, None)
+    (u, prompt), tokens = seen[0], x.flatten(1, 2)
+    index = module.route(tokens).argmax(-1)
+    assert len(index.unique()) > 1
+    _same(prompt, (module.embeddingB.weight @ embedding_a)[index])
+    image = module.in_proj(x.permute(0, 3, 1, 2))
+    gated = (image * torch.sigmoid(module.CPE(image))).flatten(2).transpose(1, 2)
+    order = torch.sort(index[0], stable=True).indices
+    _same(u[0], gated[0, order])
+    y = module.out_proj(module.out_norm(module.selectiveScan(u, prompt)))
+    restored = torch.empty_like(y)
+    restored[0, order] = y[0]
+    _same(out, restored.view_as(out))
