@@ -58,7 +58,8 @@ def load_network(network: nn.Module, path: str | Path, *, strict: bool = True, p
         shown = "\n  ".join(differences[:_SHOWN])
         more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise UserError(
-            f"{path}: weights of another network: {len(fitting)} of {len(state)} tensors fit, these differ:\n  {shown}{more}"
+            f"{path}: weights of another network: {len(fitting)} of {len(state)} tensors fit, and these differ:\n"
+            f"  {shown}{more}"
         )
     network.load_state_dict(fitting, strict=False)
     logger.info("Loaded %d of %d tensors from %s", len(fitting), len(state), path)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from mambair_ds.kernels.cpu import jit, jit_reassociating, run_tasks
 from mambair_ds.kernels.selective_scan.cpu import exp2
 
-STEP = 8
+STEP = 4
 GROUP = 8  # windows of one kind whose bias gradient one task sums
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -43,27 +43,33 @@ def _transpose(tile, tokens):  # type: ignore[no-untyped-def]
 
 @jit
 def _add(rows, r, coefficients, i, d, matrix, m):  # type: ignore[no-untyped-def]
-    """rows[r] += coefficients[i, d : d + STEP] @ matrix[m : m + STEP]."""
-    c0, c1, c2, c3 = coefficients[i, d], coefficients[i, d + 1], coefficients[i, d + 2], coefficients[i, d + 3]
-    c4, c5, c6, c7 = coefficients[i, d + 4], coefficients[i, d + 5], coefficients[i, d + 6], coefficients[i, d + 7]
+    """rows[r : r + 2] += coefficients[i : i + 2, d : d + 4] @ matrix[m : m + 4]."""
+    a0, a1, a2, a3 = coefficients[i, d], coefficients[i, d + 1], coefficients[i, d + 2], coefficients[i, d + 3]
+    i += 1
+    b0, b1, b2, b3 = coefficients[i, d], coefficients[i, d + 1], coefficients[i, d + 2], coefficients[i, d + 3]
     for j in range(matrix.shape[1]):
-        rows[r, j] += (
-            c0 * matrix[m, j] + c1 * matrix[m + 1, j] + c2 * matrix[m + 2, j] + c3 * matrix[m + 3, j]
-            + c4 * matrix[m + 4, j] + c5 * matrix[m + 5, j] + c6 * matrix[m + 6, j] + c7 * matrix[m + 7, j]
-        )  # fmt: skip
+        m0, m1, m2, m3 = matrix[m, j], matrix[m + 1, j], matrix[m + 2, j], matrix[m + 3, j]
+        rows[r, j] += a0 * m0 + a1 * m1 + a2 * m2 + a3 * m3
+        rows[r + 1, j] += b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
 
 
 @jit_reassociating
-def _dot(rows, r, matrix, d):  # type: ignore[no-untyped-def]
-    """matrix[d : d + 4] @ rows[r]."""
-    a0 = a1 = a2 = a3 = np.float32(0)
+def _dot(rows, r, matrix, d, out):  # type: ignore[no-untyped-def]
+    """out[:2, d : d + 4] = rows[r : r + 2] @ matrix[d : d + 4].T"""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
     for j in range(rows.shape[1]):
-        p = rows[r, j]
-        a0 += p * matrix[d, j]
-        a1 += p * matrix[d + 1, j]
-        a2 += p * matrix[d + 2, j]
-        a3 += p * matrix[d + 3, j]
-    return a0, a1, a2, a3
+        m0, m1, m2, m3 = matrix[d, j], matrix[d + 1, j], matrix[d + 2, j], matrix[d + 3, j]
+        a, b = rows[r, j], rows[r + 1, j]
+        a0 += a * m0
+        a1 += a * m1
+        a2 += a * m2
+        a3 += a * m3
+        b0 += b * m0
+        b1 += b * m1
+        b2 += b * m2
+        b3 += b * m3
+    out[0, d], out[0, d + 1], out[0, d + 2], out[0, d + 3] = a0, a1, a2, a3
+    out[1, d], out[1, d + 1], out[1, d + 2], out[1, d + 3] = b0, b1, b2, b3
 
 
 @jit_reassociating
@@ -84,10 +90,12 @@ def _max(rows, r):  # type: ignore[no-untyped-def]
 
 @jit
 def _logits(rows, r, bias, kind, head, q, i, k_t):  # type: ignore[no-untyped-def]
-    """rows[r] = the logits of query i, in units of log 2."""
-    for j in range(rows.shape[1]):
-        rows[r, j] = bias[kind, head, i, j] * _LOG2E
-    for d in range(0, q.shape[1], STEP):
+    """rows[r : r + 2] = the logits of queries i and i + 1, in units of log 2."""
+    for n in range(2):
+        row = min(i + n, bias.shape[2] - 1)
+        for j in range(rows.shape[1]):
+            rows[r + n, j] = bias[kind, head, row, j] * _LOG2E
+    for d in range(0, q.shape[1], 4):
         _add(rows, r, q, i, d, k_t, d)
 
 
@@ -98,19 +106,22 @@ def _forward(task, qkv, bias, kinds, out, lse):  # type: ignore[no-untyped-def]
     q = _load(qkv, window, 0, head) * (_LOG2E / np.float32(np.sqrt(width)))
     k_t = _transpose(_load(qkv, window, 1, head), tokens)
     v_t = _transpose(_load(qkv, window, 2, head), tokens)
-    weights = np.empty((1, tokens), np.float32)
-    y = np.empty(len(v_t), np.float32)
-    for i in range(tokens):
-        _logits(weights, 0, bias, kinds[window], head, q, i, k_t)
-        largest = _max(weights, 0)
-        for j in range(tokens):
-            weights[0, j] = exp2(weights[0, j] - largest)
-        total = _sum(weights, 0)
-        lse[window, head, i] = largest + np.log2(total)
+    weights = np.empty((2, tokens), np.float32)
+    y, maxima = np.empty((2, len(v_t)), np.float32), np.empty(2, np.float32)
+    for first in range(0, tokens, 2):
+        _logits(weights, 0, bias, kinds[window], head, q, first, k_t)
+        for r in range(2):
+            largest = _max(weights, r)
+            for j in range(tokens):
+                weights[r, j] = exp2(weights[r, j] - largest)
+            maxima[r] = largest
         for d in range(0, width, 4):
-            y[d], y[d + 1], y[d + 2], y[d + 3] = _dot(weights, 0, v_t, d)
-        for d in range(width):
-            out[window, i, 0, head, d] = y[d] / total
+            _dot(weights, 0, v_t, d, y)
+        for r in range(min(2, tokens - first)):
+            total = _sum(weights, r)
+            lse[window, head, first + r] = maxima[r] + np.log2(total)
+            for d in range(width):
+                out[window, first + r, 0, head, d] = y[r, d] / total
 
 
 @jit
@@ -118,36 +129,40 @@ def _backward(task, grad_out, qkv, bias, kinds, out, lse, order, groups, grad_qk
     tokens, heads, width = qkv.shape[1], qkv.shape[3], qkv.shape[4]
     group, head = task // heads, task % heads
     scale = np.float32(1) / np.float32(np.sqrt(width))
-    weights = np.zeros((STEP, tokens), np.float32)
-    grad_logits = np.zeros((STEP, tokens), np.float32)
+    weights = np.zeros((4, tokens), np.float32)
+    grad_logits = np.zeros((4, tokens), np.float32)
     for window in order[groups[group] : groups[group + 1]]:
         q = _load(qkv, window, 0, head) * (_LOG2E * scale)
         grad = _load(grad_out, window, 0, head)
         k_t = _transpose(_load(qkv, window, 1, head), tokens)
         v_t = _transpose(_load(qkv, window, 2, head), tokens)
         q_t, grad_t = _transpose(q, len(q)), _transpose(grad, len(grad))
-        grad_q = np.empty(len(k_t), np.float32)
+        grad_q = np.empty((2, len(k_t)), np.float32)
         grad_k, grad_v = np.zeros(k_t.shape, np.float32), np.zeros(v_t.shape, np.float32)
-        for first in range(0, tokens, STEP):
-            for r in range(min(STEP, tokens - first)):
-                i = first + r
-                delta = np.float32(0)
-                for d in range(width):
-                    delta += grad[i, d] * out[window, i, 0, head, d]
-                _logits(weights, r, bias, kinds[window], head, q, i, k_t)
-                for j in range(tokens):
-                    weights[r, j] = exp2(weights[r, j] - lse[window, head, i])
-                    grad_logits[r, j] = -delta
-                for d in range(0, len(v_t), STEP):
-                    _add(grad_logits, r, grad, i, d, v_t, d)
-                for j in range(tokens):
-                    grad_logits[r, j] *= weights[r, j]
-                    part_bias[group, head, i, j] += grad_logits[r, j]
+        for first in range(0, tokens, 4):
+            for pair in range(0, 4, 2):
+                if first + pair < tokens:
+                    _logits(weights, pair, bias, kinds[window], head, q, first + pair, k_t)
+                for r in range(pair, min(pair + 2, tokens - first)):
+                    i = first + r
+                    log_sum, delta = lse[window, head, i], np.float32(0)
+                    for d in range(width):
+                        delta += grad[i, d] * out[window, i, 0, head, d]
+                    for j in range(tokens):
+                        weights[r, j] = exp2(weights[r, j] - log_sum)
+                        grad_logits[r, j] = -delta
+                for d in range(0, len(v_t), 4):
+                    _add(grad_logits, pair, grad, first + pair, d, v_t, d)
+                for r in range(pair, min(pair + 2, tokens - first)):
+                    for j in range(tokens):
+                        grad_logits[r, j] *= weights[r, j]
+                        part_bias[group, head, first + r, j] += grad_logits[r, j]
                 for d in range(0, width, 4):
-                    grad_q[d], grad_q[d + 1], grad_q[d + 2], grad_q[d + 3] = _dot(grad_logits, r, k_t, d)
-                for d in range(width):
-                    grad_qkv[window, i, 0, head, d] = grad_q[d] * scale
-            for d in range(width):  # rows behind the last query meet zeros in q and grad
+                    _dot(grad_logits, pair, k_t, d, grad_q)
+                for r in range(pair, min(pair + 2, tokens - first)):
+                    for d in range(width):
+                        grad_qkv[window, first + r, 0, head, d] = grad_q[r - pair, d] * scale
+            for d in range(0, width, 2):  # rows behind the last query meet zeros in q and grad
                 _add(grad_k, d, q_t, d, first, grad_logits, 0)
                 _add(grad_v, d, grad_t, d, first, weights, 0)
         for j in range(tokens):
