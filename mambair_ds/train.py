@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mambair_ds.training import launch
 
         place = launch.detect(args.local_rank)
+        launch.share_cores(place)
         # Heavy from here on: torch, DeepSpeed, DALI.
         from mambair_ds.training.checkpoint import SaveError
         from mambair_ds.training.trainer import run

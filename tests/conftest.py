@@ -4,6 +4,7 @@ import os
 
 # One thread count for every float32 sum of the suite; set before torch or numba start.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # DeepSpeed looks for an accelerator and warns; tests outside `gpu` run on the CPU by design.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

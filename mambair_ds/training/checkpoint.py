@@ -175,7 +175,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int, 
         )
     if checkpoint.manifest["stream"] != stream:
         raise UserError(
-            f"{checkpoint.path}: the shards in data.train.shards are not those it was trained on; "
+            f"{checkpoint.path}: the shards in data.train.shards have changed since it was saved; "
             "point to the same shards, or start over with --fresh"
         )
 

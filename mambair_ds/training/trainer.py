@@ -149,6 +149,7 @@ class Trainer:
                 self._save()
         elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
         logger.info("End of training. Time consumed: %s", elapsed)
+        self.stream.close()
         if self.trackers:
             self.trackers.close()
 

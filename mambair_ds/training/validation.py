@@ -62,7 +62,7 @@ def to_picture(output: Tensor) -> np.ndarray:
 
 
 def measure(picture: np.ndarray, gt: np.ndarray, options: ValidationConfig) -> tuple[float, float]:
-    """PSNR in dB and SSIM of a uint8 (H, W, C) picture against its GT, on the channels and inside the border asked for."""
+    """PSNR in dB and SSIM of a uint8 (H, W, C) picture against its GT, on the channels and border asked for."""
     border, y_channel = options.crop_border, options.test_y_channel
     return psnr(picture, gt, border, y_channel), ssim(picture, gt, border, y_channel)
 
