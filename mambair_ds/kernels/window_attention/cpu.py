@@ -4,8 +4,8 @@ PyTorch's own fast attention gives no gradient to a bias, and falls back to plai
 the logits of all windows: 32 MiB each time, in every layer, for two 64×64 pictures. Here the backward pass computes
 them again, from the logarithm of each query's sum that the forward pass leaves.
 
-The loops over channels and over queries go eight at a time (four where they sum over keys), with zeros behind the last,
-so that every inner loop runs over the keys of a window and does several multiply-adds for each number it reads.
+Every inner loop runs over the keys of a window, for two rows and four channels or queries at once: eight multiply-adds
+for six numbers that it reads. Tiles have zeros behind the last query and channel to make up the fours.
 
 Tasks are the same whatever the number of threads, and the gradient of the bias is summed in a fixed order: results are
 equal to the bit on any number of threads, and a sample's do not depend on its batch.
@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from mambair_ds.kernels.cpu import jit, jit_reassociating, run_tasks
 from mambair_ds.kernels.selective_scan.cpu import exp2
 
-STEP = 4
 GROUP = 8  # windows of one kind whose bias gradient one task sums
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -27,9 +26,9 @@ _LOG2E = np.float32(1.4426950408889634)
 
 @jit
 def _load(x, window, part, head):  # type: ignore[no-untyped-def]
-    """x[window, :, part, head] with zeros up to multiples of STEP."""
+    """x[window, :, part, head] with zeros up to multiples of 4."""
     tokens, width = x.shape[1], x.shape[4]
-    tile = np.zeros(((tokens + STEP - 1) // STEP * STEP, (width + STEP - 1) // STEP * STEP), np.float32)
+    tile = np.zeros(((tokens + 3) // 4 * 4, (width + 3) // 4 * 4), np.float32)
     for i in range(tokens):
         for d in range(width):
             tile[i, d] = x[window, i, part, head, d]
