@@ -3,7 +3,6 @@
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambair_ds.kernels.window_attention import window_attention
@@ -19,18 +18,17 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, qkv: Tensor, rpi: Tensor, rows: int, columns: int) -> Tensor:
+    def forward(self, qkv: Tensor, rows: int, columns: int) -> Tensor:
         """Attend within windows.
 
         Args:
             qkv: (B·rows·columns, window_size², 3·dim).
-            rpi: `relative_position_index(window_size)`.
             rows, columns: windows of a picture, down and across.
 
         Returns:
             (B·rows·columns, window_size², dim).
         """
-        bias = F.embedding(rpi, self.relative_position_bias_table).permute(2, 0, 1)[None]
+        bias = spread_bias(self.relative_position_bias_table, self.window_size)[None]
         if self.shifted:
             bias = bias + seam_masks(self.window_size, bias.device)[:, None]
             kind = window_kinds(rows, columns, bias.device)
@@ -38,6 +36,17 @@ class WindowAttention(nn.Module):
             kind = torch.zeros(rows * columns, dtype=torch.int64, device=bias.device)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return self.proj(window_attention(qkv, bias, kind))
+
+
+def spread_bias(table: Tensor, window_size: int) -> Tensor:
+    """The bias of every query and key, (heads, w², w²), which is `table[relative_position_index(w)]`.
+
+    Seen from one key, the queries of a window are a w×w patch of the (2w-1)×(2w-1) table, which moves with the key. As
+    a sliding window its gradient is a fraction of that of an index.
+    """
+    side = 2 * window_size - 1
+    patches = table.T.unflatten(1, (side, side)).unfold(1, window_size, 1).unfold(2, window_size, 1)
+    return patches.flip((1, 2)).permute(0, 3, 4, 1, 2).flatten(3, 4).flatten(1, 2)
 
 
 def relative_position_index(window_size: int) -> Tensor:

@@ -37,6 +37,7 @@ class MambaIRv2(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
+        # A part of every published checkpoint, though the attention here does without.
         self.register_buffer("relative_position_index_SA", relative_position_index(config.window_size))
         self.conv_first = nn.Conv2d(config.in_chans, dim, 3, padding=1)
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(dim)})  # the nesting is that of the published names
@@ -71,7 +72,7 @@ class MambaIRv2(nn.Module):
         shallow = self.conv_first(x)
         x = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))
         for stage in self.layers:
-            x = stage(x, self.relative_position_index_SA, noise)
+            x = stage(x, noise)
         return self.conv_after_body(self.norm(x).permute(0, 3, 1, 2)) + shallow
 
     def _build_head(self) -> None:
@@ -129,14 +130,14 @@ class Stage(nn.Module):
         self.residual_group = nn.ModuleDict({"layers": layers})  # the nesting is that of the published names
         self.conv = _residual_conv(config.embed_dim, config.resi_connection)
 
-    def forward(self, x: Tensor, rpi: Tensor, noise: NoiseKey | None) -> Tensor:
+    def forward(self, x: Tensor, noise: NoiseKey | None) -> Tensor:
         shortcut = x
         for layer in self.residual_group["layers"].children():
             if self.use_checkpoint and torch.is_grad_enabled():
                 # Keyed noise is drawn again by its key; only the published draw needs the generator's state.
-                x = checkpoint(layer, x, rpi, noise, use_reentrant=False, preserve_rng_state=noise is None)
+                x = checkpoint(layer, x, noise, use_reentrant=False, preserve_rng_state=noise is None)
             else:
-                x = layer(x, rpi, noise)
+                x = layer(x, noise)
         return convolve(self.conv, x) + shortcut
 
 
@@ -172,20 +173,20 @@ class AttentiveLayer(nn.Module):
         self.embeddingA = nn.Embedding(config.inner_rank, config.d_state)
         nn.init.uniform_(self.embeddingA.weight, -1 / config.inner_rank, 1 / config.inner_rank)
 
-    def forward(self, x: Tensor, rpi: Tensor, noise: NoiseKey | None) -> Tensor:
-        y = self._attend(self.norm1(x), rpi) + x
+    def forward(self, x: Tensor, noise: NoiseKey | None) -> Tensor:
+        y = self._attend(self.norm1(x)) + x
         y = self.convffn1(self.norm2(y)) + y
         x = self.scale1 * x + y
         z = self.assm(self.norm3(x), self.embeddingA.weight, noise) + x
         z = self.convffn2(self.norm4(z)) + z
         return self.scale2 * x + z
 
-    def _attend(self, x: Tensor, rpi: Tensor) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         size, shift = self.window_size, self.window_size // 2
         if self.shifted:
             x = x.roll((-shift, -shift), (1, 2))
-        x = self.win_mhsa(self.wqkv(to_windows(x, size)), rpi, height // size, width // size)
+        x = self.win_mhsa(self.wqkv(to_windows(x, size)), height // size, width // size)
         x = from_windows(x, size, height, width)
         return x.roll((shift, shift), (1, 2)) if self.shifted else x
 

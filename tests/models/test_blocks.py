@@ -65,7 +65,7 @@ def test_window_attention_with_bias_table_and_mask():
         if shifted:
             logits = logits + _swin_mask(rows * w, columns * w, w).repeat(2, 1, 1)[:, None]
         y = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        _same(attention(qkv, rpi, rows, columns), y, atol=2e-6)
+        _same(attention(qkv, rows, columns), y, atol=2e-6)
 
 
 def test_conv_ffn():
