@@ -6,6 +6,7 @@ Runs alone, under torchrun, the deepspeed launcher or srun. Continues from the n
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(config, place, args.resume, args.fresh)
         except SaveError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            print(f"error: cannot write to {config.folder}: {error}", file=sys.stderr)
             return 1
     except UserError as error:
         # Every rank finds the same mistake; one a node says it.

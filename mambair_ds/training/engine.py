@@ -109,9 +109,9 @@ class Engine:
         whole = {}
         for name, parameter in self.deepspeed.module.named_parameters():
             fragment = local[name].detach().float().contiguous()
-            flat = fragment.new_empty(dist.get_world_size() * fragment.numel())
-            dist.all_gather_into_tensor(flat, fragment)
-            whole[name] = flat[: parameter.ds_numel].view(parameter.ds_shape)
+            fragments = [torch.empty_like(fragment) for _ in range(dist.get_world_size())]
+            dist.all_gather(fragments, fragment)
+            whole[name] = torch.cat(fragments)[: parameter.ds_numel].view(parameter.ds_shape)
         return whole
 
     def save(self, folder: str, tag: str) -> None:
