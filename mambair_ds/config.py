@@ -81,6 +81,10 @@ class NetworkConfig(_Schema):
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by every num_heads {self.num_heads}")
         if self.convffn_kernel_size % 2 == 0:
             raise ValueError(f"convffn_kernel_size must be odd, not {self.convffn_kernel_size}")
+        if self.type == "MambaIRv2Light" and int(self.embed_dim * self.mlp_ratio) % 2:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} times mlp_ratio {self.mlp_ratio} must be even: its gate halves it"
+            )
         if self.upsampler == "" and self.upscale != 1:
             raise ValueError(f"upscale {self.upscale} needs an upsampler")
         if self.upsampler == "nearest+conv" and self.upscale != 4:

@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def _preferred(operator: str, device_type: str) -> str:
+def _preferred(operator: str, device_type: str, backends: frozenset[str]) -> str:
     backend = {"cpu": "torch", "cuda": "triton"}.get(device_type, "reference")
+    backend = backend if backend in backends else "reference"
     logger.info("%s on %s: %s backend", operator, device_type, backend)
     return backend
 
@@ -34,7 +35,7 @@ def load_backend(operator: str, files: Mapping[str, str], device_type: str, requ
     Raises:
         ValueError: there is no such backend, or it does not run on that device.
     """
-    backend = _preferred(operator, device_type) if requested is None else requested
+    backend = _preferred(operator, device_type, frozenset(files)) if requested is None else requested
     if backend not in files:
         raise ValueError(f"{operator}: no backend {backend!r}; there are {', '.join(files)}")
     if backend == "torch" and device_type != "cpu":

@@ -1,8 +1,8 @@
 """Attention inside windows with a learned bias (Liu et al. 2021, arXiv 2103.14030, equation 4), in two backends."""
 
-import importlib
-
 from torch import Tensor
+
+from mambair_ds.kernels import load_backend
 
 _FILES = {"reference": "reference", "torch": "cpu"}
 
@@ -23,13 +23,10 @@ def window_attention(qkv: Tensor, bias: Tensor, kind: Tensor, backend: str | Non
     Raises:
         ValueError: shapes that do not fit one another, or an unknown backend.
     """
-    if backend is None:
-        backend = "torch" if qkv.device.type == "cpu" else "reference"
-    if backend not in _FILES:
-        raise ValueError(f"window_attention: no backend {backend!r}; there are {', '.join(_FILES)}")
     windows, tokens, three, heads, _ = qkv.shape
     if three != 3 or bias.shape[1:] != (heads, tokens, tokens):
         raise ValueError(f"window_attention: qkv {tuple(qkv.shape)} and bias {tuple(bias.shape)} do not fit")
     if windows % len(kind):
         raise ValueError(f"window_attention: {windows} windows are no multiple of the {len(kind)} of a picture")
-    return importlib.import_module(f"{__name__}.{_FILES[backend]}").window_attention(qkv, bias, kind)
+    module = load_backend("window_attention", _FILES, qkv.device.type, backend)
+    return module.window_attention(qkv, bias, kind)
