@@ -1,0 +1,75 @@
+"""Depthwise convolution, channels last, with what follows it in the network computed in the same pass."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mambair_ds.kernels import load_backend
+
+Epilogue = Literal["none", "gelu_residual", "sigmoid_gate", "gate"]
+
+_FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    epilogue: Epilogue = "none",
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve every channel with its own k×k kernel, zeros around the picture, and combine c, the result, with more.
+
+    | epilogue | result | where |
+    | --- | --- | --- |
+    | none | c | |
+    | gelu_residual | x + GELU(c), the exact GELU | ConvFFN |
+    | sigmoid_gate | x · sigmoid(c) | the position encoding of the state space module |
+    | gate | gate · c | GatedMLP |
+
+    Sums are float32 (float64 for a float64 `x` on the `reference` backend, the only one that takes float64). c is
+    stored nowhere: the backward pass computes it again.
+
+    Args:
+        x: (B, H, W, C); float32, bfloat16 or float16.
+        weight: (C, 1, k, k) with an odd k, as `torch.nn.Conv2d` has it.
+        bias: (C,).
+        gate: (B, H, W, C) for the epilogue of that name, else None.
+        backend: "reference" (plain operations), "torch" (CPU) or "triton"; None chooses by `x`'s device.
+
+    Returns:
+        (B, H, W, C) in `x`'s dtype. Gradients reach x, weight, bias and gate, each in its own dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, an unknown epilogue or backend.
+    """
+    _check(x, weight, bias, epilogue, gate, float64=backend == "reference")
+    module = load_backend("depthwise_conv", _FILES, x.device.type, backend)
+    return module.depthwise_conv(x, weight, bias, gate, epilogue)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, epilogue: str, gate: Tensor | None, *, float64: bool) -> None:
+    if epilogue not in get_args(Epilogue):
+        raise ValueError(f"depthwise_conv: no epilogue {epilogue!r}; there are {', '.join(get_args(Epilogue))}")
+    if (gate is not None) != (epilogue == "gate"):
+        raise ValueError(f"depthwise_conv: epilogue {epilogue!r} {'needs a' if gate is None else 'takes no'} gate")
+    if x.ndim != 4 or x.numel() == 0:
+        raise ValueError(f"depthwise_conv: x has shape {tuple(x.shape)}, expected (batch, height, width, channels)")
+    channels, k = x.shape[-1], weight.shape[-1]
+    if weight.shape != (channels, 1, k, k) or k % 2 == 0:
+        raise ValueError(
+            f"depthwise_conv: weight has shape {tuple(weight.shape)}, expected ({channels}, 1, k, k), k odd"
+        )
+    if bias.shape != (channels,):
+        raise ValueError(f"depthwise_conv: bias has shape {tuple(bias.shape)}, expected ({channels},)")
+    if gate is not None and gate.shape != x.shape:
+        raise ValueError(f"depthwise_conv: gate has shape {tuple(gate.shape)}, but x {tuple(x.shape)}")
+    allowed = [torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if float64 else [])]
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "gate": x if gate is None else gate}.items():
+        if tensor.device != x.device:
+            raise ValueError(f"depthwise_conv: {name} is on {tensor.device}, but x on {x.device}")
+        if tensor.dtype not in allowed:
+            names = ", ".join(str(dtype) for dtype in allowed)
+            raise ValueError(f"depthwise_conv: {name} is {tensor.dtype}, expected {names}")
