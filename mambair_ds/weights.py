@@ -86,7 +86,7 @@ def read_weights(path: str | Path, param_key: str = "params") -> dict[str, Tenso
         else:
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise UserError(f"{path}: broken, or no file of weights: {reason}") from error
     if isinstance(content, dict) and "params" in content:
         if param_key not in content:
