@@ -1,14 +1,14 @@
-"""The selective scan on GPUs, parallel over samples, blocks of channels and chunks of the sequence.
+"""The selective scan on GPUs, parallel over samples, blocks of channels and segments of the sequence.
 
-A state after a chunk is e^(A ΣΔ) times the state before it, plus what the chunk itself adds. So the forward pass has
-three kernels: every chunk's own addition and ΣΔ, all at once; a short loop over chunks that carries the states; every
-chunk's outputs from its first state, all at once. The backward pass is the same three in reverse for the gradient of
-the state, which obeys the mirrored recurrence r_t = e^(Δ_t A) (C_t gy_t + r_{t+1}); its last kernel recomputes a
-chunk's states from the first one, which the forward pass kept.
+A state after a segment is e^(A ΣΔ) times the state before it, plus what the segment itself adds. So the forward pass
+has three kernels: every segment's own addition and ΣΔ, all at once; a short loop over segments that carries the states;
+every segment's outputs from its first state, all at once. The backward pass is the same three in reverse for the
+gradient of the state, which obeys the mirrored recurrence r_t = e^(Δ_t A) (C_t gy_t + r_{t+1}). Its last kernel walks a
+segment's chunks from the last to the first and recomputes each one's states from the one that the forward pass kept.
 
-Channels lie in the lanes and a channel's states in the registers of one lane, so that only the sums over channels, the
-gradients of B and C, need traffic between lanes. States and sums are float32. There are no atomics: what blocks and
-chunks share goes into partial sums, added up in a fixed order, so two runs agree to the bit.
+A channel's states lie in the registers of one lane, so that only the sums over channels, the gradients of B and C, need
+traffic between lanes. States and sums are float32. There are no atomics: what blocks and segments share
+goes into partial sums, added up in a fixed order, so two runs agree to the bit. docs/kernels.md counts it all.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from mambair_ds.kernels.selective_scan.operator import make_operator
 
-CHUNK = 12  # the most whose values fit the registers of `backward_inputs` on every supported GPU
-WIDTH = 32
+SEGMENT = 64
+CHUNK = 16  # positions whose values of one state fit the registers of `backward_inputs`; half the lanes, for `_fold`
+WIDTHS = {"forward": 64, "backward": 32}  # channels of a program, whose one warp loads B and C once for all of them
+UNROLL = 8
 WARPS = 1
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -31,243 +33,366 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _step(x, SOFTPLUS: tl.constexpr):
-    """Δ; log(1 + z) = 2 artanh(z / (2 + z)), accurate for small z too."""
+    """Δ; log(1 + z) / z is a polynomial of degree 7 on [0, 1], within 4e-7 of it."""
     if SOFTPLUS:
-        z = tl.exp2(-tl.abs(x) * LOG2E)
-        r = z / (2.0 + z)
-        w = r * r
-        p = 0.24409403628 * w + 0.21394267374
-        p = p * w + 0.28620623406
-        p = p * w + 0.39998694812
-        p = p * w + 0.66666679253
-        p = p * w + 2.0
-        x = tl.maximum(x, 0.0) + r * p
+        z = tl.exp2(-tl.abs(x * LOG2E))
+        p = -0.0085392045 * z + 0.0440896153
+        p = p * z - 0.1076816917
+        p = p * z + 0.1774524003
+        p = p * z - 0.2449546158
+        p = p * z + 0.3327547908
+        p = p * z - 0.4999740422
+        p = p * z + 0.9999998212
+        x = p * z + tl.maximum(x, 0.0)
     return x
 
 
 @triton.jit
-def _slope(x, SOFTPLUS: tl.constexpr):
-    """Δ's derivative."""
-    slope = tl.full(x.shape, 1.0, tl.float32)
-    if SOFTPLUS:
-        z = tl.exp2(-tl.abs(x) * LOG2E)
-        slope = tl.where(x >= 0, 1.0, z) / (1.0 + z)
-    return slope
+def _load(pointer):
+    return tl.load(pointer).to(tl.float32)
 
 
 @triton.jit
-def _load(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+def _load_row(pointer, inside, FULL: tl.constexpr):
+    """A row of the sequence; 0 behind its end, which lies on a chunk's end if FULL."""
+    return _load(pointer) if FULL else tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _place(channels, WIDTH: tl.constexpr):
-    """What this program works on: a chunk, a sample, a block of channels and which of them exist."""
-    blocks = tl.cdiv(channels, WIDTH)
+def _pair(pointer):
+    """Two float32 numbers by one load."""
+    word = tl.load(pointer)
+    low = word.to(tl.int32).to(tl.float32, bitcast=True)
+    return low, (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place(channels: tl.constexpr, WIDTH: tl.constexpr):
+    """What this program works on: a segment, a sample, a block of channels and which of them exist.
+
+    Those that do not are others once more: loads need no mask, only stores do.
+    """
+    blocks: tl.constexpr = (channels + WIDTH - 1) // WIDTH
     d = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
-    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64), d, d < channels
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64), d % channels, d < channels
 
 
 @triton.jit
-def _rates(A, d, in_d, N: tl.constexpr, ROWS: tl.constexpr):
-    """A's rows for the channels d as (ROWS, WIDTH), in units of log 2; states from N on are 0."""
-    s = tl.arange(0, ROWS)
-    mask = (s < N)[:, None] & in_d[None, :]
-    return _load(A + d[None, :] * N + s[:, None], mask) * LOG2E, s, s < N, mask
+def _load_states(pointer, channels: tl.constexpr, N: tl.constexpr, SCALE: tl.constexpr):
+    """N numbers of every channel as a tuple; `channels` apart in memory."""
+    values = ()
+    for s in tl.static_range(N):
+        values = values + (_load(pointer + s * channels) * SCALE,)
+    return values
 
 
 @triton.jit
-def forward_chunks(
-    u, delta, A, B, bias, ends, sums, length, channels, chunks,
-    N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr,
+def forward_ends(
+    u, delta, A, BC, bias, ends, sums, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk adds to the state, `ends` (B, chunks, N, D), and its ΣΔ, `sums` (B, chunks, D)."""
-    chunk, batch, d, in_d = _place(channels, WIDTH)
-    rates, s, in_s, mask = _rates(A, d, in_d, N, ROWS)
-    shift = _load(bias + d, in_d)
-    state = tl.zeros((ROWS, WIDTH), tl.float32)
+    """What every segment adds to the state, `ends` (B, segments, N, D), and its ΣΔ, `sums` (B, segments, D)."""
+    segment, batch, d, in_d = _place(channels, WIDTH)
+    rates = _load_states(A + d, channels, N, LOG2E)
+    shift = _load(bias + d)
+    start = segment * SEGMENT
+    u += (batch * length + start) * channels
+    delta += (batch * length + start) * channels
+    BC += (batch * segments * SEGMENT + start) * N
+    state = ()
+    for _s in tl.static_range(N):
+        state = state + (tl.zeros((WIDTH,), tl.float32),)
     total = tl.zeros((WIDTH,), tl.float32)
-    start = chunk * CHUNK
-    for t in range(start, tl.minimum(start + CHUNK, length)):
-        row = batch * length + t
-        dt = _step(_load(delta + row * channels + d, in_d) + shift, SOFTPLUS)
-        drive = dt * _load(u + row * channels + d, in_d)
-        b = _load(B + row * N + s, in_s)
-        state = tl.exp2(dt[None, :] * rates) * state + drive[None, :] * b[:, None]
-        total += dt
-    place = batch * chunks + chunk
-    tl.store(ends + (place * N + s[:, None]) * channels + d[None, :], state, mask=mask)
+    steps = (length - start).to(tl.int32)
+    for group in range(tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)):
+        for k in tl.static_range(UNROLL):
+            inside = group * UNROLL + k < steps
+            dt = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
+            drive = dt * _load_row(u + d + k * channels, inside, FULL)
+            total += dt
+            new = ()
+            for s in tl.static_range(N):
+                b, _c = _pair(BC + k * N + s)
+                new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * b,)
+            state = new
+        u += UNROLL * channels
+        delta += UNROLL * channels
+        BC += UNROLL * N
+    place = batch * segments + segment
+    for s in tl.static_range(N):
+        tl.store(ends + (place * N + s) * channels + d, state[s], mask=in_d)
+    tl.store(sums + place * channels + d, total, mask=in_d)
+
+
+@triton.jit
+def forward_outputs(
+    u, delta, A, BC, D, bias, carried, states, y, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """y, (B, L, D), from the state that enters each segment; and `states`, that which enters each chunk."""
+    segment, batch, d, in_d = _place(channels, WIDTH)
+    rates = _load_states(A + d, channels, N, LOG2E)
+    shift = _load(bias + d)
+    direct = _load(D + d)
+    state = _load_states(carried + (batch * segments + segment) * N * channels + d, channels, N, 1.0)
+    start = segment * SEGMENT
+    u += (batch * length + start) * channels
+    delta += (batch * length + start) * channels
+    y += (batch * length + start) * channels
+    BC += (batch * segments * SEGMENT + start) * N
+    states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK) * N * channels
+    left = (length - start).to(tl.int32)
+    for _ in range(tl.cdiv(tl.minimum(left, SEGMENT), CHUNK)):
+        for s in tl.static_range(N):
+            tl.store(states + d + s * channels, state[s], mask=in_d)
+        for _ in range(CHUNK // UNROLL):
+            for k in tl.static_range(UNROLL):
+                inside = in_d if FULL else in_d & (k < left)
+                dt = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
+                x = _load_row(u + d + k * channels, inside, FULL)
+                drive = dt * x
+                out = direct * x
+                new = ()
+                for s in tl.static_range(N):
+                    b, c = _pair(BC + k * N + s)
+                    h = tl.exp2(dt * rates[s]) * state[s] + drive * b
+                    out += h * c
+                    new = new + (h,)
+                state = new
+                tl.store(y + d + k * channels, out.to(y.dtype.element_ty), mask=inside)
+            u += UNROLL * channels
+            delta += UNROLL * channels
+            y += UNROLL * channels
+            BC += UNROLL * N
+            left -= UNROLL
+        states += N * channels
+
+
+@triton.jit
+def backward_ends(
+    grad_y, delta, A, BC, bias, ends, sums, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The mirror of `forward_ends`: what every segment adds to r at its first position, and its ΣΔ."""
+    segment, batch, d, in_d = _place(channels, WIDTH)
+    rates = _load_states(A + d, channels, N, LOG2E)
+    shift = _load(bias + d)
+    start = segment * SEGMENT
+    steps = (length - start).to(tl.int32)
+    groups = tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)
+    row = start + groups * UNROLL
+    grad_y += (batch * length + row) * channels
+    delta += (batch * length + row) * channels
+    BC += (batch * segments * SEGMENT + row) * N
+    state = ()
+    for _s in tl.static_range(N):
+        state = state + (tl.zeros((WIDTH,), tl.float32),)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for i in range(groups):
+        grad_y -= UNROLL * channels
+        delta -= UNROLL * channels
+        BC -= UNROLL * N
+        for k in tl.static_range(UNROLL - 1, -1, -1):
+            inside = (groups - 1 - i) * UNROLL + k < steps
+            dt = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
+            gy = _load_row(grad_y + d + k * channels, inside, FULL)
+            total += dt
+            new = ()
+            for s in tl.static_range(N):
+                _b, c = _pair(BC + k * N + s)
+                new = new + (tl.exp2(dt * rates[s]) * (state[s] + gy * c),)
+            state = new
+    place = batch * segments + segment
+    for s in tl.static_range(N):
+        tl.store(ends + (place * N + s) * channels + d, state[s], mask=in_d)
     tl.store(sums + place * channels + d, total, mask=in_d)
 
 
 @triton.jit
 def carry(
-    A, ends, sums, channels, chunks,
+    A, ends, sums, channels, segments,
     N: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Turn every chunk's own addition, `ends` (B, chunks, N, D), in place into the state that enters the chunk."""
+    """Turn every segment's own addition, `ends` (B, segments, N, D), in place into the state that enters it."""
     s, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     in_d = d < channels
-    rates = _load(A + d * N + s, in_d) * LOG2E
+    rates = tl.load(A + s * channels + d, mask=in_d) * LOG2E
     state = tl.zeros((WIDTH,), tl.float32)
-    for i in tl.range(0, chunks, num_stages=4):
-        place = batch * chunks + ((chunks - 1 - i) if REVERSE else i)
-        end = _load(ends + (place * N + s) * channels + d, in_d)
-        total = _load(sums + place * channels + d, in_d)
+    for i in tl.range(0, segments, num_stages=4):
+        place = batch * segments + ((segments - 1 - i) if REVERSE else i)
+        end = tl.load(ends + (place * N + s) * channels + d, mask=in_d)
+        total = tl.load(sums + place * channels + d, mask=in_d)
         tl.store(ends + (place * N + s) * channels + d, state, mask=in_d)
         state = tl.exp2(total * rates) * state + end
 
 
 @triton.jit
-def forward_outputs(
-    u, delta, A, B, C, D, bias, states, y, length, channels, chunks,
-    N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """y, (B, L, D), from the state that enters each chunk."""
-    chunk, batch, d, in_d = _place(channels, WIDTH)
-    rates, s, in_s, mask = _rates(A, d, in_d, N, ROWS)
-    shift = _load(bias + d, in_d)
-    direct = _load(D + d, in_d)
-    place = batch * chunks + chunk
-    state = _load(states + (place * N + s[:, None]) * channels + d[None, :], mask)
-    start = chunk * CHUNK
-    for t in range(start, tl.minimum(start + CHUNK, length)):
-        row = batch * length + t
-        dt = _step(_load(delta + row * channels + d, in_d) + shift, SOFTPLUS)
-        x = _load(u + row * channels + d, in_d)
-        b = _load(B + row * N + s, in_s)
-        c = _load(C + row * N + s, in_s)
-        state = tl.exp2(dt[None, :] * rates) * state + (dt * x)[None, :] * b[:, None]
-        out = tl.sum(state * c[:, None], 0) + direct * x
-        tl.store(y + row * channels + d, out.to(y.dtype.element_ty), mask=in_d)
+def _fold(x, y, lane, BIT: tl.constexpr):
+    """Half a sum over lanes of two values at once: x's lies in the lanes without BIT, y's in those with it."""
+    low = (lane & BIT) == 0
+    return tl.where(low, x, y) + tl.gather(tl.where(low, y, x), lane ^ BIT, 0)
 
 
 @triton.jit
-def backward_chunks(
-    grad_y, delta, A, C, bias, ends, sums, length, channels, chunks,
-    N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """The mirror of `forward_chunks`: what every chunk adds to r at its first position, and its ΣΔ."""
-    chunk, batch, d, in_d = _place(channels, WIDTH)
-    rates, s, in_s, mask = _rates(A, d, in_d, N, ROWS)
-    shift = _load(bias + d, in_d)
-    state = tl.zeros((ROWS, WIDTH), tl.float32)
-    total = tl.zeros((WIDTH,), tl.float32)
-    start = chunk * CHUNK
-    steps = tl.minimum(CHUNK, length - start)
-    for i in range(0, steps):
-        row = batch * length + start + steps - 1 - i
-        dt = _step(_load(delta + row * channels + d, in_d) + shift, SOFTPLUS)
-        gy = _load(grad_y + row * channels + d, in_d)
-        c = _load(C + row * N + s, in_s)
-        state = tl.exp2(dt[None, :] * rates) * (state + gy[None, :] * c[:, None])
-        total += dt
-    place = batch * chunks + chunk
-    tl.store(ends + (place * N + s[:, None]) * channels + d[None, :], state, mask=mask)
-    tl.store(sums + place * channels + d, total, mask=in_d)
+def _fold_all(values, lane, COUNT: tl.constexpr):
+    """The first steps of COUNT sums over lanes; lane l has a part of that of values[l % COUNT]."""
+    for level in tl.static_range(5):
+        if COUNT >> level > 1:
+            halved = ()
+            for j in tl.static_range(COUNT >> (level + 1)):
+                halved = halved + (_fold(values[2 * j], values[2 * j + 1], lane, 1 << level),)
+            values = halved
+    return values[0]
 
 
 @triton.jit
 def backward_inputs(
-    grad_y, u, delta, A, B, C, D, bias, states, grad_states,
-    grad_u, grad_delta, part_A, part_B, part_C, part_D, part_bias, length, channels, chunks,
-    N: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr,
+    grad_y, u, delta, A, BC, D, bias, states, grad_states,
+    grad_u, grad_delta, part_A, part_BC, part_D, part_bias, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """All gradients from the state and the r that enter each chunk.
+    """All gradients from the state that enters each chunk and the r that enters each segment.
 
-    One state after the other: its CHUNK values lie in registers, so the pass back through them needs no memory. Writes
-    the gradients of u and delta, and partial sums: `part_A` (B, chunks, N, D), `part_D` and `part_bias` (B, chunks, D),
-    `part_B` and `part_C` (blocks of channels, B, L, N).
+    One state after the other: a chunk's values of it lie in registers, so the pass back through them needs no memory.
+    What passes from chunk to chunk, r and the gradient of A, goes through memory, from a lane to itself. Writes the
+    gradients of u and delta, and partial sums: `part_A` (B, segments, N, D), `part_D` and `part_bias` (B, segments, D),
+    `part_BC` (blocks of channels, B, segments * chunks of a segment, N, B and C, CHUNK).
     """
-    chunk, batch, d, in_d = _place(channels, WIDTH)
-    shift = _load(bias + d, in_d)
-    direct = _load(D + d, in_d)
-    start = batch * length + chunk * CHUNK
-    sums = (tl.program_id(0) % tl.cdiv(channels, WIDTH)).to(tl.int64) * tl.num_programs(1) * length + start
-    steps = length - chunk * CHUNK
-    dt, drive, gy, g_dt, g_drive = (), (), (), (), ()
-    for k in tl.static_range(CHUNK):
-        inside = in_d & (k < steps)
-        at = (start + k) * channels + d
-        step = _step(_load(delta + at, inside) + shift, SOFTPLUS)
-        step = tl.where(k < steps, step, 0.0)  # behind the end the state stays as it is
-        dt = dt + (step,)
-        drive = drive + (step * _load(u + at, inside),)
-        gy = gy + (_load(grad_y + at, inside),)
-        g_dt = g_dt + (tl.zeros((WIDTH,), tl.float32),)
-        g_drive = g_drive + (tl.zeros((WIDTH,), tl.float32),)
-    place = batch * chunks + chunk
-    for s in range(0, N):
-        rate = _load(A + d * N + s, in_d) * LOG2E
-        h = _load(states + (place * N + s) * channels + d, in_d)
-        r = _load(grad_states + (place * N + s) * channels + d, in_d)
-        before, decays = (), ()
-        for k in tl.static_range(CHUNK):
-            before = before + (h,)
-            decays = decays + (tl.exp2(dt[k] * rate),)
-            h = decays[k] * h + drive[k] * _load(B + (start + k) * N + s, k < steps)
-            inner = tl.sum(gy[k] * h, 0)
-            tl.store(part_C + (sums + k) * N + s, inner, mask=k < steps)
-        g_rate = tl.zeros((WIDTH,), tl.float32)
-        new_g_dt, new_g_drive = (), ()
-        for k in tl.static_range(CHUNK - 1, -1, -1):
-            b = _load(B + (start + k) * N + s, k < steps)  # again: registers are scarcer than loads
-            c = _load(C + (start + k) * N + s, k < steps)
-            q = r + c * gy[k]
-            inner = tl.sum(q * drive[k], 0)
-            tl.store(part_B + (sums + k) * N + s, inner, mask=k < steps)
-            r = q * decays[k]
-            g = r * before[k]  # the gradient of the exponent Δ·A
-            g_rate += g * dt[k]
-            new_g_dt = (g_dt[k] + g * rate,) + new_g_dt
-            new_g_drive = (g_drive[k] + q * b,) + new_g_drive
-        g_dt, g_drive = new_g_dt, new_g_drive
-        tl.store(part_A + (place * N + s) * channels + d, g_rate, mask=in_d)
+    segment, batch, d, in_d = _place(channels, WIDTH)
+    lane = tl.arange(0, WIDTH)
+    shift = _load(bias + d)
+    direct = _load(D + d)
+    start = segment * SEGMENT
+    place = batch * segments + segment
+    steps = (length - start).to(tl.int32)
+    chunks = tl.cdiv(tl.minimum(steps, SEGMENT), CHUNK)
+    block = tl.program_id(0) % ((channels + WIDTH - 1) // WIDTH)
+    at = (batch * length + start + chunks * CHUNK) * channels
+    grad_y += at
+    u += at
+    delta += at
+    grad_u += at
+    grad_delta += at
+    BC += (place * SEGMENT + chunks * CHUNK) * N
+    states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK + chunks) * N * channels
+    grad_states += place * N * channels
+    part_A += place * N * channels
+    row = (block.to(tl.int64) * tl.num_programs(1) * segments + place) * SEGMENT + chunks * CHUNK
+    part_BC += row * (2 * N)
     g_direct = tl.zeros((WIDTH,), tl.float32)
     g_shift = tl.zeros((WIDTH,), tl.float32)
-    for k in tl.static_range(CHUNK):
-        inside = in_d & (k < steps)
-        at = (start + k) * channels + d
-        x = _load(u + at, inside)
-        slope = _slope(_load(delta + at, inside) + shift, SOFTPLUS)
-        g_delta = tl.where(k < steps, (g_dt[k] * LN2 + g_drive[k] * x) * slope, 0.0)
-        tl.store(grad_delta + at, g_delta.to(grad_delta.dtype.element_ty), mask=inside)
-        tl.store(grad_u + at, (g_drive[k] * dt[k] + direct * gy[k]).to(grad_u.dtype.element_ty), mask=inside)
-        g_direct += gy[k] * x
-        g_shift += g_delta
+    for i in range(chunks):
+        grad_y -= CHUNK * channels
+        u -= CHUNK * channels
+        delta -= CHUNK * channels
+        grad_u -= CHUNK * channels
+        grad_delta -= CHUNK * channels
+        states -= N * channels
+        BC -= CHUNK * N
+        part_BC -= CHUNK * 2 * N
+        left = steps - (chunks - 1 - i) * CHUNK
+        dt, drive, gy, g_dt, g_drive = (), (), (), (), ()
+        for k in tl.static_range(CHUNK):
+            inside = in_d if FULL else in_d & (k < left)
+            step = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
+            dt = dt + (step,)
+            # Channels that do not exist stay out of the sums over channels: their drive and states are 0.
+            drive = drive + (tl.where(in_d, step * _load_row(u + d + k * channels, inside, FULL), 0.0),)
+            gy = gy + (_load_row(grad_y + d + k * channels, inside, FULL),)
+            g_dt = g_dt + (tl.zeros((WIDTH,), tl.float32),)
+            g_drive = g_drive + (tl.zeros((WIDTH,), tl.float32),)
+        for s in range(0, N):
+            rate = _load(A + s * channels + d) * LOG2E
+            h = tl.load(states + d + s * channels, mask=in_d, other=0.0)
+            r = _load(grad_states + d + s * channels)
+            g_rate = _load(part_A + d + s * channels)
+            decays, kept, inner, b, c = (), (), (), (), ()
+            for k in tl.static_range(CHUNK):
+                b_k, c_k = _pair(BC + k * N + s)
+                b = b + (b_k,)
+                c = c + (c_k,)
+                decay = tl.exp2(dt[k] * rate)
+                h *= decay
+                decays = decays + (decay,)
+                kept = kept + (h,)  # what the position keeps of the state before it
+                h += drive[k] * b_k
+                inner = inner + (gy[k] * h,)
+            sums_C = _fold_all(inner, lane, CHUNK)
+            new_g_dt, new_g_drive, inner = (), (), ()
+            for k in tl.static_range(CHUNK - 1, -1, -1):
+                q = r + c[k] * gy[k]
+                inner = (q * drive[k],) + inner
+                r = q * decays[k]
+                g = q * kept[k]  # the gradient of the exponent Δ·A
+                g_rate += g * dt[k]
+                new_g_dt = (g_dt[k] + g * rate,) + new_g_dt
+                new_g_drive = (g_drive[k] + q * b[k],) + new_g_drive
+            g_dt, g_drive = new_g_dt, new_g_drive
+            sums = _fold(_fold_all(inner, lane, CHUNK), sums_C, lane, CHUNK)
+            tl.store(part_BC + s * (2 * CHUNK) + lane, sums)
+            tl.store(grad_states + d + s * channels, r, mask=in_d)
+            tl.store(part_A + d + s * channels, g_rate, mask=in_d)
+        for k in tl.static_range(CHUNK):
+            inside = in_d if FULL else in_d & (k < left)
+            x = _load_row(u + d + k * channels, inside, FULL)
+            g = g_dt[k] * LN2 + g_drive[k] * x
+            if SOFTPLUS:  # the derivative of Δ = log(1 + e^x) is e^(x - Δ)
+                g *= tl.exp2((_load_row(delta + d + k * channels, inside, FULL) + shift - dt[k]) * LOG2E)
+            tl.store(grad_delta + d + k * channels, g.to(grad_delta.dtype.element_ty), mask=inside)
+            g_x = g_drive[k] * dt[k] + direct * gy[k]
+            tl.store(grad_u + d + k * channels, g_x.to(grad_u.dtype.element_ty), mask=inside)
+            g_direct += gy[k] * x
+            g_shift += g
     tl.store(part_D + place * channels + d, g_direct, mask=in_d)
     tl.store(part_bias + place * channels + d, g_shift, mask=in_d)
 
 
-def _grid(u: Tensor) -> tuple[int, int]:
-    batch, length, channels = u.shape
-    return triton.cdiv(length, CHUNK) * triton.cdiv(channels, WIDTH), batch
+def _pack(B: Tensor, C: Tensor, segments: int) -> Tensor:
+    """B and C as pairs of float32 in an int64, (B, segments * SEGMENT, N): one load brings both."""
+    batch, length, states = B.shape
+    pairs = B.new_zeros(batch, segments * SEGMENT, states, 2, dtype=torch.float32)
+    pairs[:, :length, :, 0] = B
+    pairs[:, :length, :, 1] = C
+    return pairs.view(torch.int64).squeeze(-1)
 
 
-def _carry(A: Tensor, ends: Tensor, sums: Tensor, reverse: bool) -> None:
-    batch, chunks, states, channels = ends.shape
-    grid = (triton.cdiv(channels, WIDTH), states, batch)
-    carry[grid](A, ends, sums, channels, chunks, N=states, WIDTH=WIDTH, REVERSE=reverse, num_warps=WARPS)
+def _carry(rates: Tensor, ends: Tensor, sums: Tensor, reverse: bool) -> None:
+    batch, segments, states, channels = ends.shape
+    grid = (triton.cdiv(channels, 32), states, batch)
+    carry[grid](rates, ends, sums, channels, segments, N=states, WIDTH=32, REVERSE=reverse, num_warps=WARPS)
 
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
 ) -> tuple[Tensor, Tensor]:
     """The forward pass; see `make_operator`."""
-    u, delta, A, B, C, D, delta_bias = (x.contiguous() for x in (u, delta, A, B, C, D, delta_bias))
+    u, delta, rates, D, delta_bias = (x.contiguous() for x in (u, delta, A.T, D, delta_bias))
     batch, length, channels = u.shape
-    chunks = triton.cdiv(length, CHUNK)
-    states = A.new_empty(batch, chunks, A.shape[1], channels)
-    sums = A.new_empty(batch, chunks, channels)
+    segments = triton.cdiv(length, SEGMENT)
+    BC = _pack(B, C, segments)
+    entering = A.new_empty(batch, segments, A.shape[1], channels)
+    states = A.new_empty(batch, triton.cdiv(length, CHUNK), A.shape[1], channels)
+    sums = A.new_empty(batch, segments, channels)
     y = torch.empty_like(u)
-    sizes = {"length": length, "channels": channels, "chunks": chunks}
-    constants = {"N": A.shape[1], "CHUNK": CHUNK, "WIDTH": WIDTH, "SOFTPLUS": delta_softplus, "num_warps": WARPS}
-    rows = triton.next_power_of_2(A.shape[1])
+    width = WIDTHS["forward"]
+    grid = (segments * triton.cdiv(channels, width), batch)
+    sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
+    sizes |= {
+        "UNROLL": UNROLL,
+        "WIDTH": width,
+        "SOFTPLUS": delta_softplus,
+        "FULL": length % CHUNK == 0,
+        "num_warps": WARPS,
+    }
     with torch.cuda.device_of(u):
-        forward_chunks[_grid(u)](u, delta, A, B, delta_bias, states, sums, **sizes, ROWS=rows, **constants)
-        _carry(A, states, sums, reverse=False)
-        forward_outputs[_grid(u)](u, delta, A, B, C, D, delta_bias, states, y, **sizes, ROWS=rows, **constants)
+        forward_ends[grid](u, delta, rates, BC, delta_bias, entering, sums, **sizes)
+        _carry(rates, entering, sums, reverse=False)
+        forward_outputs[grid](u, delta, rates, BC, D, delta_bias, entering, states, y, CHUNK=CHUNK, **sizes)
     return y, states
 
 
@@ -284,29 +409,35 @@ def backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass; see `make_operator`."""
-    grad_y, u, delta, A, B, C, D, delta_bias = (x.contiguous() for x in (grad_y, u, delta, A, B, C, D, delta_bias))
+    grad_y, u, delta, rates, D, delta_bias = (x.contiguous() for x in (grad_y, u, delta, A.T, D, delta_bias))
     batch, length, channels = u.shape
-    chunks = states.shape[1]
-    grad_states, part_A = torch.empty_like(states), torch.empty_like(states)
-    sums, part_D, part_bias = (A.new_empty(batch, chunks, channels) for _ in range(3))
-    part_B, part_C = (A.new_empty(triton.cdiv(channels, WIDTH), *B.shape) for _ in range(2))
+    segments = triton.cdiv(length, SEGMENT)
+    BC = _pack(B, C, segments)
+    grad_states = A.new_empty(batch, segments, A.shape[1], channels)
+    part_A = torch.zeros_like(grad_states)
+    sums, part_D, part_bias = (A.new_empty(batch, segments, channels) for _ in range(3))
+    width, blocks = WIDTHS["backward"], triton.cdiv(channels, WIDTHS["backward"])
+    part_BC = A.new_empty(blocks, batch, segments * SEGMENT // CHUNK, A.shape[1], 2, CHUNK)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
-    sizes = {"length": length, "channels": channels, "chunks": chunks}
-    constants = {"N": A.shape[1], "CHUNK": CHUNK, "WIDTH": WIDTH, "SOFTPLUS": delta_softplus, "num_warps": WARPS}
-    rows = triton.next_power_of_2(A.shape[1])
+    sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
+    sizes |= {"SOFTPLUS": delta_softplus, "FULL": length % CHUNK == 0, "num_warps": WARPS}
     with torch.cuda.device_of(u):
-        backward_chunks[_grid(u)](grad_y, delta, A, C, delta_bias, grad_states, sums, **sizes, ROWS=rows, **constants)
-        _carry(A, grad_states, sums, reverse=True)
-        backward_inputs[_grid(u)](
-            grad_y, u, delta, A, B, C, D, delta_bias, states, grad_states,
-            grad_u, grad_delta, part_A, part_B, part_C, part_D, part_bias, **sizes, **constants,
+        grid = (segments * triton.cdiv(channels, WIDTHS["forward"]), batch)
+        backward_ends[grid](
+            grad_y, delta, rates, BC, delta_bias, grad_states, sums, UNROLL=UNROLL, WIDTH=WIDTHS["forward"], **sizes
+        )
+        _carry(rates, grad_states, sums, reverse=True)
+        backward_inputs[segments * blocks, batch](
+            grad_y, u, delta, rates, BC, D, delta_bias, states, grad_states,
+            grad_u, grad_delta, part_A, part_BC, part_D, part_bias, CHUNK=CHUNK, WIDTH=width, **sizes,
         )  # fmt: skip
+    grad_B, grad_C = part_BC.sum(0).permute(3, 0, 1, 4, 2).reshape(2, batch, -1, A.shape[1])[:, :, :length]
     return (
         grad_u,
         grad_delta,
         part_A.sum((0, 1)).T.contiguous(),
-        part_B.sum(0).to(B.dtype),
-        part_C.sum(0).to(C.dtype),
+        B.new_empty(B.shape).copy_(grad_B),
+        C.new_empty(C.shape).copy_(grad_C),
         part_D.sum((0, 1)),
         part_bias.sum((0, 1)),
     )
