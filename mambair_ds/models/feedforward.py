@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambair_ds.models.layout import convolve
+from mambair_ds.models.layout import convolve_depthwise
 
 
 def _depthwise(channels: int, kernel_size: int) -> nn.Conv2d:
@@ -22,7 +22,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.fc1(x))
-        return self.fc2(h + convolve(self.dwconv["depthwise_conv"], h))
+        return self.fc2(convolve_depthwise(self.dwconv.get_submodule("depthwise_conv.0"), h, "gelu_residual"))
 
 
 class GatedMLP(nn.Module):
@@ -46,4 +46,5 @@ class _SpatialGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, -1)
-        return x1 * convolve(self.conv, self.norm(x2))
+        # Under autocast the norm is float32: back to the type of its input before it goes to memory.
+        return convolve_depthwise(self.conv, self.norm(x2).to(x.dtype), "gate", x1)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mambair_ds.kernels.philox import NoiseKey, gumbel
+from mambair_ds.kernels.routing import choose_class, class_order, class_prompt
 from mambair_ds.kernels.selective_scan import selective_scan
-from mambair_ds.models.layout import convolve
+from mambair_ds.models.layout import convolve, convolve_depthwise
 
 
 class AttentiveStateSpace(nn.Module):
@@ -47,11 +48,11 @@ class AttentiveStateSpace(nn.Module):
         if self.training:
             logits = logits + self._gumbel(logits, noise)
         index = self.route.decide(logits)
-        prompt = _Prompt.apply(logits, self.embeddingB.weight @ embedding_a, index)
-        order, inverse = class_order(index)
+        prompt = class_prompt(logits, self.embeddingB.weight @ embedding_a, index)
+        order, inverse = class_order(index, logits.shape[-1])
 
         u = convolve(self.in_proj, x)
-        u = u * torch.sigmoid(convolve(self.CPE, u))
+        u = convolve_depthwise(self.CPE[0], u, "sigmoid_gate")
         # The prompt stays in token order though the sequence is sorted: the published network is trained so.
         y = self.selectiveScan(_permute(u.flatten(1, 2), order, inverse), prompt)
         y = self.out_proj(self.out_norm(y))
@@ -76,7 +77,7 @@ class Router(nn.Sequential):
 
     def decide(self, logits: Tensor) -> Tensor:
         """The class of every token, (B, n) int64, from its (noisy) logits. The only place where a class is chosen."""
-        return logits.softmax(-1).argmax(-1)  # as published: of classes that round to one probability the first
+        return choose_class(logits)
 
 
 class SelectiveScan(nn.Module):
@@ -108,13 +109,6 @@ class SelectiveScan(nn.Module):
             return selective_scan(u, delta, -A_logs.exp(), B, C + prompt.to(C.dtype), D, bias, True, self.backend)
 
 
-def class_order(index: Tensor) -> tuple[Tensor, Tensor]:
-    """The stable order of tokens by class, and its inverse: two (B, n) int64 permutations of every sample's tokens."""
-    order = torch.argsort(index, dim=1, stable=True)
-    places = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    return order, torch.empty_like(order).scatter_(1, order, places)
-
-
 def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, order, inverse)
 
@@ -137,29 +131,6 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
     batch, length, channels = x.shape
     rows = order + length * torch.arange(batch, device=x.device)[:, None]
     return x.reshape(-1, channels).index_select(0, rows.flatten()).view(x.shape)
-
-
-class _Prompt(torch.autograd.Function):
-    """The prompts `table[index]` (B, n, N), with gradients as if a one-hot class were softmax(logits).
-
-    This is the straight-through Gumbel softmax (Jang et al. 2017, arXiv 1611.01144) times the table, without the dense
-    (B, n, T) product.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, table: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(logits, table, index)
-        return F.embedding(index, table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        logits, table, index = ctx.saved_tensors
-        soft = logits.softmax(-1)
-        weighted = soft * (grad @ table.T)
-        grad_logits = weighted - soft * weighted.sum(-1, keepdim=True)
-        one_hot = F.one_hot(index.flatten(), len(table)).to(grad.dtype)
-        return grad_logits, one_hot.T @ grad.flatten(0, 1), None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass() -> None:
         ({"weight": torch.zeros(2, 1, 4, 4)}, r"weight has shape \(2, 1, 4, 4\), expected \(2, 1, k, k\), k odd"),
         ({"bias": torch.zeros(3)}, r"bias has shape \(3,\), expected \(2,\)"),
         ({"bias": torch.zeros(2, device="meta")}, "bias is on meta, but x on cpu"),
-        ({"x": torch.zeros(1, 4, 3, 2).double()}, "x is torch.float64, expected torch.float32"),
+        ({"x": torch.zeros(1, 4, 3, 2).double(), "backend": "torch"}, "x is torch.float64, expected torch.float32"),
         ({"backend": "cuda"}, "no backend 'cuda'; there are reference, torch, triton"),
     ],
 )

@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"logits has shape \(7, 5\)"):
         choose_class(logits[0])
     with pytest.raises(ValueError, match=r"logits is torch\.float64, expected torch\.float32"):
-        choose_class(logits.double())
+        choose_class(logits.double(), backend="torch")
     with pytest.raises(ValueError, match=r"index is torch\.int32 of shape"):
         class_order(index.int(), 5)
     with pytest.raises(ValueError, match="257 classes, expected 1 to 256"):

@@ -10,7 +10,7 @@ from torch import nn
 from mambair_ds.models.attention import WindowAttention, relative_position_index, seam_masks, window_kinds
 from mambair_ds.models.feedforward import ConvFFN, GatedMLP
 from mambair_ds.models.layout import from_windows, to_windows
-from mambair_ds.models.state_space import AttentiveStateSpace, Router, SelectiveScan, _Prompt, class_order
+from mambair_ds.models.state_space import AttentiveStateSpace, Router, SelectiveScan
 
 
 def _same(a, b, atol=1e-6):
@@ -100,29 +100,6 @@ def test_router_logits():
 def test_of_equal_classes_the_first_is_chosen():
     router = Router(3, 4)
     assert router.decide(torch.tensor([[[0.0, 2.0, 2.0, 1.0], [5.0, 1.0, 1.0, 5.0]]])).tolist() == [[1, 0]]
-
-
-def test_class_order_is_stable_and_invertible():
-    index = torch.randint(4, (3, 50))
-    order, inverse = class_order(index)
-    for row in range(3):
-        expected = sorted(range(50), key=lambda i: (int(index[row, i]), i))
-        assert order[row].tolist() == expected
-    assert torch.equal(inverse.gather(1, order), torch.arange(50).expand(3, 50))
-
-
-def test_prompt_has_the_straight_through_gradient():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 7, 5, requires_grad=True)
-    table = torch.randn(5, 3, requires_grad=True)
-    grad = torch.randn(2, 7, 3)
-    index = logits.argmax(-1)
-    soft = logits.softmax(-1)
-    policy = F.one_hot(index, 5) - soft.detach() + soft
-    dense = [policy @ table, *torch.autograd.grad(policy @ table, (logits, table), grad)]
-    prompt = _Prompt.apply(logits, table, index)
-    for a, b in zip([prompt, *torch.autograd.grad(prompt, (logits, table), grad)], dense, strict=True):
-        _same(a, b)
 
 
 def test_selective_scan_parameters_against_the_recurrence():

@@ -37,7 +37,8 @@ def depthwise_conv(
         weight: (C, 1, k, k) with an odd k, as `torch.nn.Conv2d` has it.
         bias: (C,).
         gate: (B, H, W, C) for the epilogue of that name, else None.
-        backend: "reference" (plain operations), "torch" (CPU) or "triton"; None chooses by `x`'s device.
+        backend: "reference" (plain operations), "torch" (CPU) or "triton"; None takes "reference" for
+            float64, else chooses by `x`'s device.
 
     Returns:
         (B, H, W, C) in `x`'s dtype. Gradients reach x, weight, bias and gate, each in its own dtype.
@@ -45,6 +46,8 @@ def depthwise_conv(
     Raises:
         ValueError: a shape, dtype or device that does not fit, an unknown epilogue or backend.
     """
+    if backend is None and x.dtype == torch.float64:
+        backend = "reference"
     _check(x, weight, bias, epilogue, gate, float64=backend == "reference")
     module = load_backend("depthwise_conv", _FILES, x.device.type, backend)
     return module.depthwise_conv(x, weight, bias, gate, epilogue)

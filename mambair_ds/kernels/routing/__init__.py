@@ -19,7 +19,8 @@ def choose_class(logits: Tensor, backend: str | None = None) -> Tensor:
 
     Args:
         logits: (B, n, T), float32 and finite; float64 on the `reference` backend only.
-        backend: "reference" (plain operations), "torch" (CPU) or "triton"; None chooses by `logits`' device.
+        backend: "reference" (plain operations), "torch" (CPU) or "triton"; None takes "reference" for
+            float64, else chooses by device.
 
     Returns:
         (B, n) int64. The backends agree except where two probabilities differ by a last bit of their exponentials;
@@ -30,7 +31,6 @@ def choose_class(logits: Tensor, backend: str | None = None) -> Tensor:
     """
     if logits.ndim != 3 or logits.numel() == 0:
         raise ValueError(f"routing: logits has shape {tuple(logits.shape)}, expected (batch, tokens, classes)")
-    _check_dtype("logits", logits, backend)
     return _module(logits, backend).choose_class(logits)
 
 
@@ -80,14 +80,13 @@ def class_prompt(logits: Tensor, table: Tensor, index: Tensor, backend: str | No
             f"routing: logits {tuple(logits.shape)}, table {tuple(table.shape)} and index {tuple(index.shape)} "
             "do not fit; expected (batch, tokens, classes), (classes, states) and (batch, tokens)"
         )
-    _check_dtype("logits", logits, backend)
     return _module(logits, backend).class_prompt(logits, table, index)
 
 
-def _check_dtype(name: str, tensor: Tensor, backend: str | None) -> None:
-    if tensor.dtype != torch.float32 and (tensor.dtype, backend) != (torch.float64, "reference"):
-        raise ValueError(f"routing: {name} is {tensor.dtype}, expected torch.float32")
-
-
 def _module(tensor: Tensor, backend: str | None) -> ModuleType:
+    """The backend's module for index or logits."""
+    if backend is None and tensor.dtype == torch.float64:
+        backend = "reference"
+    if tensor.dtype not in (torch.float32, torch.int64) and (tensor.dtype, backend) != (torch.float64, "reference"):
+        raise ValueError(f"routing: logits is {tensor.dtype}, expected torch.float32")
     return load_backend("routing", _FILES, tensor.device.type, backend)
