@@ -29,8 +29,8 @@ def depthwise_conv(
     | sigmoid_gate | x · sigmoid(c) | the position encoding of the state space module |
     | gate | gate · c | GatedMLP |
 
-    Sums are float32 (float64 for a float64 `x` on the `reference` backend, the only one that takes float64). c is
-    stored nowhere: the backward pass computes it again.
+    Sums are float32 (float64 for a float64 `x` on the `reference` backend, the only one that takes float64). The
+    backward pass of `torch` and `triton` computes c again instead of keeping it.
 
     Args:
         x: (B, H, W, C); float32, bfloat16 or float16.
@@ -38,7 +38,7 @@ def depthwise_conv(
         bias: (C,).
         gate: (B, H, W, C) for the epilogue of that name, else None.
         backend: "reference" (plain operations), "torch" (CPU) or "triton"; None takes "reference" for
-            float64, else chooses by `x`'s device.
+            float64 and for small kernels on a CPU, else chooses by `x`'s device.
 
     Returns:
         (B, H, W, C) in `x`'s dtype. Gradients reach x, weight, bias and gate, each in its own dtype.
@@ -46,7 +46,8 @@ def depthwise_conv(
     Raises:
         ValueError: a shape, dtype or device that does not fit, an unknown epilogue or backend.
     """
-    if backend is None and x.dtype == torch.float64:
+    # On a CPU PyTorch's own backward pass is faster than ours for kernels of 3×3, and slower for 5×5.
+    if backend is None and (x.dtype == torch.float64 or (x.device.type == "cpu" and weight.shape[-1] <= 3)):
         backend = "reference"
     _check(x, weight, bias, epilogue, gate, float64=backend == "reference")
     module = load_backend("depthwise_conv", _FILES, x.device.type, backend)
