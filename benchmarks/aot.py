@@ -307,9 +307,8 @@ def depthwise_conv(shape: Shape, dtype: str) -> list[Case]:
     from mambair_ds.kernels.depthwise_conv import triton as conv
 
     side, d = math.isqrt(shape.length), shape.channels
-    tiles = -(-side // conv.ROWS) * -(-side // conv.COLUMNS)
     activations = {"x", "other", "y", "grad", "gate", "grad_c", "extra"}
-    integers = {"height", "width", "channels", "x_stride", "other_stride", "grad_stride", "gate_stride"}
+    integers = {"height", "width", "channels", "x_stride", "other_stride", "gate_stride"}
     wide = 2 if dtype == "bf16" else 4
     # How many activations each kernel reads and writes with each epilogue.
     uses = [
@@ -322,21 +321,16 @@ def depthwise_conv(shape: Shape, dtype: str) -> list[Case]:
         (conv.differentiate_tiles, 5, "gate", 5),
         (conv.differentiate_tiles, 3, "sigmoid_gate", 4),
     ]
-    return [
-        Case(
-            kernel,
-            f"{kernel.__name__} {k}×{k} {epilogue}",
-            {x: f"*{dtype}" if x in activations else "i32" if x in integers else "*fp32" for x in kernel.arg_names},
-            {"K": k, "EPILOGUE": epilogue, "ROWS": conv.ROWS, "COLUMNS": conv.COLUMNS, "WIDTH": conv.WIDTH},
-            warps=conv.WARPS,
-            programs=shape.batch * tiles * -(-d // conv.WIDTH),
-            unit="output",
-            units_per_thread=conv.ROWS * conv.COLUMNS * conv.WIDTH // (32 * conv.WARPS),
-            trips=(conv.ROWS,),
-            bytes=tensors * shape.batch * shape.length * d * wide,
-        )
-        for kernel, k, epilogue, tensors in uses
-    ]
+    cases = []
+    for kernel, k, epilogue, tensors in uses:
+        constants = conv.constants(kernel.__name__.removesuffix("_tiles"), k, epilogue)
+        rows, columns = conv.TILES[kernel.__name__.removesuffix("_tiles")]
+        programs = shape.batch * -(-side // rows) * -(-side // columns) * -(-d // conv.WIDTH)
+        types = {x: f"*{dtype}" if x in activations else "i32" if x in integers else "*fp32" for x in kernel.arg_names}
+        name, work = f"{kernel.__name__} {k}×{k} {epilogue}", rows * columns * conv.WIDTH // (32 * conv.WARPS)
+        moved = tensors * shape.batch * shape.length * d * wide
+        cases.append(Case(kernel, name, types, constants, conv.WARPS, programs, "output", work, (rows,), moved))
+    return cases
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from aot import compile_kernel
 from mambair_ds.kernels.depthwise_conv import triton as conv
 
 ACTIVATIONS = {"x", "other", "y", "grad", "gate", "grad_c", "extra"}
-INTEGERS = {"height", "width", "channels", "x_stride", "other_stride", "grad_stride", "gate_stride"}
+INTEGERS = {"height", "width", "channels", "x_stride", "other_stride", "gate_stride"}
 
 
 def report(capability: int, dtype: str) -> None:
@@ -20,7 +20,7 @@ def report(capability: int, dtype: str) -> None:
     kernels = [(conv.convolve_tiles, 5, "add"), (conv.convolve_tiles, 3, "add")]
     kernels += [(kernel, *use) for kernel in (conv.convolve_tiles, conv.differentiate_tiles) for use in uses]
     for kernel, k, epilogue in kernels:
-        constants = {"K": k, "EPILOGUE": epilogue, "ROWS": conv.ROWS, "COLUMNS": conv.COLUMNS, "WIDTH": conv.WIDTH}
+        constants = conv.constants(kernel.__name__.removesuffix("_tiles"), k, epilogue)
         types = {name: "i32" if name in INTEGERS else "*fp32" for name in kernel.arg_names}
         types |= {name: f"*{dtype}" for name in ACTIVATIONS}
         usage = compile_kernel(kernel, types, constants, capability, conv.WARPS)

@@ -1,9 +1,9 @@
 """The depthwise convolution on GPUs: a warp walks down a strip of the picture, a channel in each lane.
 
-A program has `WIDTH` channels, `COLUMNS` columns and `ROWS` rows. The rows of the picture that the kernel covers, and
-the kernel itself, lie in registers, and every step down loads one row more: an output takes k² multiply-adds and
-(COLUMNS + k - 1) / COLUMNS loads, where a thread for each output would take k². Loads ask for each position inside
-the picture, so no size need be a multiple of anything.
+A program has `WIDTH` channels, and the ROWS and COLUMNS that `TILES` says. The rows of the picture that the kernel
+covers, and the kernel itself, lie in registers, and every step down loads one row more: an output takes k²
+multiply-adds and (COLUMNS + k - 1) / COLUMNS loads, where a thread for each output would take k². Loads ask for each
+position inside the picture, so no size need be a multiple of anything.
 
 Sums are float32. There are no atomics: each program's part of the gradients of kernel and bias goes to its own place
 and is added up in a fixed order, so two runs agree to the bit.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mambair_ds.kernels.depthwise_conv.operator import make_operator
 
-COLUMNS = 4
-ROWS = 16
+TILES = {"convolve": (16, 4), "differentiate": (32, 2)}
+"""Rows and columns of a program; with 4 columns, `differentiate_tiles` spills registers on sm_100."""
 WIDTH = 32
 WARPS = 1
 
@@ -132,7 +132,7 @@ def convolve_tiles(
 @triton.jit
 def differentiate_tiles(
     grad, x, kernel, bias, gate, grad_c, extra, part_kernel, part_bias,
-    height, width, channels, grad_stride, x_stride, gate_stride,
+    height, width, channels, x_stride, gate_stride,
     K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of c, what else needs c, and this tile's part of the gradients of kernel and bias.
@@ -140,7 +140,7 @@ def differentiate_tiles(
     `part_kernel` is (B, tiles, K², C), `part_bias` (B, tiles, C), in float32.
     """
     sample, row, column, d, in_d = _place(height, width, channels, ROWS, COLUMNS, WIDTH)
-    grad += sample * height * width * grad_stride
+    grad += sample * height * width * channels
     x += sample * height * width * x_stride
     gate += sample * height * width * gate_stride
     grad_c += sample * height * width * channels
@@ -159,7 +159,7 @@ def differentiate_tiles(
         for j in tl.static_range(COLUMNS):
             inside = in_d & (column + j < width)
             place = i * width + column + j
-            g = _load(grad + place * grad_stride + d, inside)
+            g = _load(grad + place * channels + d, inside)
             if EPILOGUE != "none":
                 c = _dot(rows, j, taps, shift, K)
                 if EPILOGUE == "gelu_residual":
@@ -195,17 +195,19 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return (x, stride) if x.stride() == spaced else (x.contiguous(), x.shape[3])
 
 
-def _tiles(x: Tensor) -> int:
-    return triton.cdiv(x.shape[1], ROWS) * triton.cdiv(x.shape[2], COLUMNS)
+def _tiles(x: Tensor, kernel: str) -> int:
+    rows, columns = TILES[kernel]
+    return triton.cdiv(x.shape[1], rows) * triton.cdiv(x.shape[2], columns)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
-    return _tiles(x) * triton.cdiv(x.shape[3], WIDTH), len(x)
+def _grid(x: Tensor, kernel: str) -> tuple[int, int]:
+    return _tiles(x, kernel) * triton.cdiv(x.shape[3], WIDTH), len(x)
 
 
-def _constants(kernel: Tensor, epilogue: str) -> dict[str, int | str]:
-    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS, "WIDTH": WIDTH}
-    return {"K": len(kernel), "EPILOGUE": epilogue, **tile, "num_warps": WARPS}
+def constants(kernel: str, k: int, epilogue: str) -> dict[str, int | str]:
+    """The `tl.constexpr` arguments of the kernel "convolve" or "differentiate"."""
+    rows, columns = TILES[kernel]
+    return {"K": k, "EPILOGUE": epilogue, "ROWS": rows, "COLUMNS": columns, "WIDTH": WIDTH}
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, other: Tensor | None, epilogue: str) -> Tensor:
@@ -215,7 +217,9 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor, other: Tensor | None, epil
     other, other_stride = (x, 0) if other is None else _rows(other)
     sizes = (*x.shape[1:], x_stride, other_stride)
     with torch.cuda.device_of(x):
-        convolve_tiles[_grid(x)](x, kernel, bias, other, y, *sizes, **_constants(kernel, epilogue))
+        convolve_tiles[_grid(x, "convolve")](
+            x, kernel, bias, other, y, *sizes, **constants("convolve", len(kernel), epilogue), num_warps=WARPS
+        )
     return y
 
 
@@ -225,16 +229,16 @@ def differentiate(
     """The backward pass up to c; see `make_operator`."""
     grad_c = grad if epilogue == "none" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     extra = torch.empty_like(grad_c) if epilogue in ("sigmoid_gate", "gate") else None
-    parts = len(x), _tiles(x)
+    parts = len(x), _tiles(x, "differentiate")
     part_kernel, part_bias = kernel.new_empty(*parts, *kernel.shape), kernel.new_empty(*parts, *bias.shape)
-    grad, grad_stride = _rows(grad)
+    grad = grad.contiguous()
     x, x_stride = _rows(x)
     gate, gate_stride = (x, 0) if gate is None else _rows(gate)
-    sizes = (*x.shape[1:], grad_stride, x_stride, gate_stride)
+    sizes = (*x.shape[1:], x_stride, gate_stride)
     with torch.cuda.device_of(x):
-        differentiate_tiles[_grid(x)](
+        differentiate_tiles[_grid(x, "differentiate")](
             grad, x, kernel, bias, gate, grad_c, grad_c if extra is None else extra, part_kernel, part_bias,
-            *sizes, **_constants(kernel, epilogue),
+            *sizes, **constants("differentiate", len(kernel), epilogue), num_warps=WARPS,
         )  # fmt: skip
     return grad_c, extra, part_kernel.sum((0, 1)), part_bias.sum((0, 1))
 
