@@ -43,8 +43,8 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)ruff check --fix .
 	$(BIN)ruff format .
 
-bench: $(READY)  ## the benchmarks, on this machine
-	for name in scan step data; do $(PY) benchmarks/$$name.py || exit; done
+bench: $(READY)  ## the benchmarks that this computer can run
+	for name in scan step data aot; do $(PY) benchmarks/$$name.py || exit; done
 
 gpu: $(READY)  ## everything that needs a GPU: correctness, then timings
 	$(PY) -m pytest -m gpu
