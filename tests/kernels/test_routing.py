@@ -1,9 +1,5 @@
 """Routing: classes, their order and their prompts against plain operations, exact reproducibility, builds for GPUs."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -175,20 +171,3 @@ def test_what_does_not_fit_is_named() -> None:
         class_prompt(logits, table[:4], index)
     with pytest.raises(ValueError, match="no backend 'cuda'; there are reference, torch, triton"):
         class_order(index, 5, backend="cuda")
-
-
-@pytest.mark.parametrize(
-    ("classes", "states"), [("128", "16"), pytest.param("64", "8", marks=pytest.mark.slow)], ids=["base", "light"]
-)
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_kernels_build_for_gpus_without_spilling(
-    capability: str, classes: str, states: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    command = [sys.executable, str(Path(__file__).with_name("aot_routing.py")), capability, classes, states]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    kernels = [line.split() for line in done.stdout.splitlines()]
-    assert len(kernels) == 4
-    for name, registers, stack, _ in kernels:
-        assert stack == "0", f"{name} spills on sm_{capability}: {registers} registers, {stack} bytes of stack"

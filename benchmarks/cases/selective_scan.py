@@ -1,0 +1,68 @@
+"""The selective scan's kernels, counted in state updates."""
+
+from typing import Any
+
+from disassembly import Case, Shape
+from triton import cdiv
+
+from mambair_ds.kernels.selective_scan import triton as scan
+
+
+def cases(shape: Shape, dtype: str) -> list[Case]:
+    """The passes of a forward and a backward pass."""
+    b, length, d, n, wide = shape.batch, shape.length, shape.hidden, shape.states, 2 if dtype == "bf16" else 4
+    segments, tokens = cdiv(length, scan.SEGMENT), b * length
+    pairs = tokens * n * 8
+    entering = b * segments * d * n * 4
+    states = b * cdiv(length, scan.CHUNK) * d * n * 4
+    activation = tokens * d * wide
+    blocks = cdiv(d, scan.WIDTHS["backward"])
+    groups = scan.SEGMENT // scan.UNROLL
+    chunks = scan.SEGMENT // scan.CHUNK
+    # Bytes; arithmetic: the exponent's product, the exponential and the recurrence's multiply-adds; trips of the loops.
+    passes: dict[str, tuple[int, int, tuple[int, ...]]] = {
+        "forward_ends": (2 * activation + pairs + entering, 4, (groups,)),
+        "forward_outputs": (3 * activation + pairs + entering + states, 5, (chunks, scan.CHUNK // scan.UNROLL)),
+        "backward_ends": (2 * activation + pairs + entering, 4, (groups,)),
+        "backward_inputs": (5 * activation + pairs + 3 * entering + states + blocks * pairs, 12, (chunks, n)),
+    }
+    activations = {"u", "delta", "y", "grad_y", "grad_u", "grad_delta"}
+    scalars = {"length": "i32", "segments": "i32", "channels": "i32", "BC": "*i64"}
+    sizes = {"channels": d, "N": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "UNROLL": scan.UNROLL}
+
+    def types(kernel: Any) -> dict[str, str]:
+        return {x: scalars.get(x, f"*{dtype}" if x in activations else "*fp32") for x in kernel.arg_names}
+
+    result = []
+    for name, (moved, arithmetic, trips) in passes.items():
+        kernel = getattr(scan, name)
+        width = scan.WIDTHS["backward" if name == "backward_inputs" else "forward"]
+        constants = {**sizes, "WIDTH": width, "SOFTPLUS": True, "FULL": length % scan.CHUNK == 0}
+        constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
+        programs, work = b * segments * cdiv(d, width), tokens * d * n
+        result.append(
+            Case(
+                kernel, name, types(kernel), constants, scan.WARPS,
+                programs, "state update", work, scan.SEGMENT * n * width / (32 * scan.WARPS), arithmetic, trips, moved,
+            )
+        )  # fmt: skip
+    constants = {"N": n, "WIDTH": 32, "REVERSE": True}
+    programs, moved, work = cdiv(d, 32) * n * b, 2 * entering + entering // n, b * segments * d * n
+    carry = scan.carry
+    result.append(
+        Case(
+            carry,
+            "carry",
+            types(carry),
+            constants,
+            scan.WARPS,
+            programs,
+            "segment",
+            work,
+            segments,
+            3,
+            (segments,),
+            moved,
+        )
+    )
+    return result
