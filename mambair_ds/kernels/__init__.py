@@ -9,10 +9,14 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 
+import torch
+
 logger = logging.getLogger(__name__)
+_PACKAGE = sys.modules[__name__]
 
 
 @functools.cache
@@ -35,6 +39,11 @@ def load_backend(operator: str, files: Mapping[str, str], device_type: str, requ
     Raises:
         ValueError: there is no such backend, or it does not run on that device.
     """
+    return getattr(getattr(_PACKAGE, operator), _import(operator, files, device_type, requested))
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
+def _import(operator: str, files: Mapping[str, str], device_type: str, requested: str | None) -> str:
     backend = _preferred(operator, device_type, frozenset(files)) if requested is None else requested
     if backend not in files:
         raise ValueError(f"{operator}: no backend {backend!r}; there are {', '.join(files)}")
@@ -42,4 +51,5 @@ def load_backend(operator: str, files: Mapping[str, str], device_type: str, requ
         raise ValueError(f"{operator}: the torch backend runs on the CPU, the tensors are on {device_type}")
     if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"{operator}: the triton backend runs on the CPU only under TRITON_INTERPRET=1")
-    return importlib.import_module(f"{__name__}.{operator}.{files[backend]}")
+    importlib.import_module(f"{__name__}.{operator}.{files[backend]}")
+    return files[backend]
