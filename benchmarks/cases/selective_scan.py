@@ -9,7 +9,7 @@ from mambair_ds.kernels.selective_scan import triton as scan
 
 
 def cases(shape: Shape, dtype: str) -> list[Case]:
-    """The passes of a forward and a backward pass."""
+    """The passes of a forward and a backward pass, with an order and a prompt."""
     b, length, d, n, wide = shape.batch, shape.length, shape.hidden, shape.states, 2 if dtype == "bf16" else 4
     segments, tokens = cdiv(length, scan.SEGMENT), b * length
     pairs = tokens * n * 8
@@ -27,7 +27,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
         "backward_inputs": (5 * activation + pairs + 3 * entering + states + blocks * pairs, 12, (chunks, n)),
     }
     activations = {"u", "delta", "y", "grad_y", "grad_u", "grad_delta"}
-    scalars = {"length": "i32", "segments": "i32", "channels": "i32", "BC": "*i64"}
+    scalars = {"length": "i32", "segments": "i32", "channels": "i32", "BC": "*i64", "order": "*i64"}
     sizes = {"channels": d, "N": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "UNROLL": scan.UNROLL}
 
     def types(kernel: Any) -> dict[str, str]:

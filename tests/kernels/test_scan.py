@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scan_inputs import NAMES, assert_matches_reference, make_inputs, run
+from scan_inputs import NAMES, assert_matches_reference, make_inputs, make_route, run
 from torch import Tensor
 
 from mambair_ds.kernels.selective_scan import selective_scan
@@ -46,7 +46,7 @@ def test_values_and_gradients_equal_the_recorded_ones(case: str, backend: str) -
     inputs = [x.requires_grad_() for x in inputs]
     y = selective_scan(*inputs, backend=backend)
     gradients = torch.autograd.grad(y, inputs, grad_y)
-    for name, value in zip(("y", *(f"d{name}" for name in NAMES)), (y.detach(), *gradients), strict=True):
+    for name, value in zip(("y", *(f"d{name}" for name in NAMES[:7])), (y.detach(), *gradients), strict=True):
         actual = (value.transpose(1, 2) if value.ndim == 3 else value).contiguous().double().numpy()
         scale = recorded[f"{name}_l2"] / np.sqrt(actual.size)
         if name in recorded:
@@ -59,13 +59,32 @@ def test_values_and_gradients_equal_the_recorded_ones(case: str, backend: str) -
 def test_reference_gradients_equal_finite_differences() -> None:
     inputs = [x.double().requires_grad_() for x in make_inputs(2, 3, 2, 2)]
     assert torch.autograd.gradcheck(lambda *x: selective_scan(*x, backend="reference"), inputs)
+    prompt, order = make_route(2, 3, 2)
+    inputs.append(prompt.double().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda *x: selective_scan(*x[:7], prompt=x[7], order=order, backend="reference"), inputs
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_order_says_which_token_comes_when_and_the_prompt_goes_by_position(backend: str) -> None:
+    u, delta, A, B, C, D, bias = make_inputs(2, 40, 6, 4)
+    prompt, order = make_route(2, 40, 4)
+    y = selective_scan(u, delta, A, B, C, D, bias, prompt=prompt, order=order, backend=backend)
+    for sample in range(2):
+        u_, delta_, B_, C_ = (x[sample, order[sample]][None] for x in (u, delta, B, C))
+        sorted_y = selective_scan(u_, delta_, A, B_, C_ + prompt[sample], D, bias, backend=backend)
+        assert torch.equal(y[sample, order[sample]], sorted_y[0])
 
 
 @pytest.mark.parametrize("states", [5, 8, 16])
 @pytest.mark.parametrize("channels", [1, 48, 87])
 @pytest.mark.parametrize("length", [1, 17, 300])
 def test_gradients_equal_the_reference(length: int, channels: int, states: int) -> None:
-    assert_matches_reference(make_inputs(2, length, channels, states), True, "torch", 1e-5)
+    inputs = make_inputs(2, length, channels, states)
+    assert_matches_reference(inputs, True, "torch", 1e-5)
+    prompt, order = make_route(2, length, states)
+    assert_matches_reference([*inputs, prompt], True, "torch", 1e-5, order)
 
 
 def test_without_softplus() -> None:
@@ -108,13 +127,15 @@ def test_strided_inputs_are_accepted() -> None:
 
 def test_results_do_not_depend_on_batch_threads_or_time() -> None:
     inputs = make_inputs(3, 200, 70, 8)
+    prompt, order = make_route(3, 200, 8)
+    inputs.append(prompt)
     threads = torch.get_num_threads()
-    together = run(inputs, True, "torch")
+    together = run(inputs, True, "torch", order)
     try:
         torch.set_num_threads(1)
-        alone = run(inputs, True, "torch")
+        alone = run(inputs, True, "torch", order)
         torch.set_num_threads(5)
-        crowded = run(inputs, True, "torch")
+        crowded = run(inputs, True, "torch", order)
     finally:
         torch.set_num_threads(threads)
     for name in together:
@@ -126,7 +147,7 @@ def test_results_do_not_depend_on_batch_threads_or_time() -> None:
     for i in range(3):
         sample = [x[i : i + 1] if x.ndim == 3 else x for x in inputs]
         sample = [x.detach().requires_grad_() for x in sample]
-        y = selective_scan(*sample, backend="torch")
+        y = selective_scan(*sample[:7], prompt=sample[7], order=order[i : i + 1], backend="torch")
         assert torch.equal(y, together["y"][i : i + 1])
         singles.append(torch.autograd.grad(y, sample, grad_y[i : i + 1]))
     for k, name in enumerate(NAMES):
@@ -138,7 +159,9 @@ def test_results_do_not_depend_on_batch_threads_or_time() -> None:
 def test_operator_passes_torchs_own_checks() -> None:
     inputs = [x.requires_grad_() for x in make_inputs(2, 40, 6, 4)]
     selective_scan(*inputs, backend="torch")  # registers it
-    torch.library.opcheck(torch.ops.mambair_ds.selective_scan_cpu.default, (*inputs, True))
+    prompt, order = make_route(2, 40, 4)
+    for route in ((None, None), (prompt.requires_grad_(), order)):
+        torch.library.opcheck(torch.ops.mambair_ds.selective_scan_cpu.default, (*inputs, *route, True))
 
 
 def test_saved_memory_is_a_fraction_of_all_states() -> None:
@@ -169,11 +192,15 @@ def test_saved_memory_is_a_fraction_of_all_states() -> None:
         (lambda x: x.update(A=x["A"].bfloat16()), "A is torch.bfloat16, expected torch.float32"),
         (lambda x: x.update(u=x["u"].double()), "u is torch.float64"),
         (lambda x: x.update(C=x["C"].to("meta")), "C is on meta, but u on cpu"),
+        (lambda x: x.update(prompt=torch.zeros(2, 5, 6)), r"prompt has shape \(2, 5, 6\), expected \(2, 5, 4\)"),
+        (lambda x: x.update(prompt=torch.zeros(2, 5, 4).double()), "prompt is torch.float64"),
+        (lambda x: x.update(order=torch.zeros(5)), r"order has shape \(5,\), expected \(2, 5\)"),
+        (lambda x: x.update(order=torch.zeros(2, 5)), "order is torch.float32, expected torch.int64"),
         (lambda x: x.update(backend="cuda"), "no backend 'cuda'; there are reference, torch, triton, mamba_ssm"),
     ],
 )
 def test_what_does_not_fit_is_named(change: Callable[[dict[str, Any]], None], message: str) -> None:
-    arguments = dict(zip(NAMES, make_inputs(2, 5, 6, 4), strict=True))
+    arguments = dict(zip(NAMES, make_inputs(2, 5, 6, 4), strict=False))
     change(arguments)
     with pytest.raises(ValueError, match=message):
         selective_scan(**arguments)
@@ -198,6 +225,8 @@ def test_mamba_ssm_gets_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert_matches_reference(make_inputs(2, 7, 5, 3), True, "mamba_ssm", 1e-5)
+    prompt, order = make_route(2, 7, 3)
+    assert_matches_reference([*make_inputs(2, 7, 5, 3), prompt], True, "mamba_ssm", 1e-5, order)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ The interpreter takes about a second for a chunk of sixteen positions and two st
 
 import pytest
 import torch
-from scan_inputs import assert_matches_reference, make_inputs, run
+from scan_inputs import assert_matches_reference, make_inputs, make_route, run
 
 from mambair_ds.kernels.selective_scan import selective_scan
 
@@ -14,19 +14,33 @@ from mambair_ds.kernels.selective_scan import selective_scan
     ("batch", "length", "channels", "states"),
     [
         (2, 1, 1, 5),
+        (2, 19, 3, 2),
         (1, 17, 48, 8),
         (1, 14, 3, 16),
         (1, 100, 2, 2),
         (1, 80, 33, 1),
         pytest.param(1, 300, 48, 8, marks=pytest.mark.slow),
         pytest.param(2, 17, 87, 16, marks=pytest.mark.slow),
-        pytest.param(1, 300, 87, 16, marks=pytest.mark.gpu),
+        pytest.param(1, 300, 174, 16, marks=pytest.mark.gpu),
+        pytest.param(2, 4096, 48, 8, marks=pytest.mark.gpu),
         pytest.param(2, 4097, 348, 16, marks=pytest.mark.gpu),
     ],
 )
 def test_gradients_equal_the_reference(batch: int, length: int, channels: int, states: int, device: str) -> None:
+    prompt, order = make_route(batch, length, states)
+    inputs = [x.to(device) for x in (*make_inputs(batch, length, channels, states), prompt)]
+    assert_matches_reference(inputs, True, "triton", 1e-5, order.to(device))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "states"), [(2, 32, 3, 2), pytest.param(2, 4096, 348, 16, marks=pytest.mark.gpu)]
+)
+def test_prompt_and_order_may_be_left_out(batch: int, length: int, channels: int, states: int, device: str) -> None:
+    prompt, order = (x.to(device) for x in make_route(batch, length, states))
     inputs = [x.to(device) for x in make_inputs(batch, length, channels, states)]
     assert_matches_reference(inputs, True, "triton", 1e-5)
+    assert_matches_reference([*inputs, prompt], True, "triton", 1e-5)
+    assert_matches_reference(inputs, True, "triton", 1e-5, order)
 
 
 def test_without_softplus(device: str) -> None:
@@ -50,8 +64,9 @@ def test_bfloat16_in_and_out_with_a_float32_state(device: str) -> None:
 
 
 def test_two_runs_agree_to_the_bit(device: str) -> None:
-    inputs = [x.to(device) for x in make_inputs(1, 20, 40, 2)]
-    first, second = run(inputs, True, "triton"), run(inputs, True, "triton")
+    prompt, order = make_route(1, 20, 2)
+    inputs = [x.to(device) for x in (*make_inputs(1, 20, 40, 2), prompt)]
+    first, second = (run(inputs, True, "triton", order.to(device)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -59,11 +74,13 @@ def test_two_runs_agree_to_the_bit(device: str) -> None:
 def test_operator_passes_torchs_own_checks(device: str) -> None:
     inputs = [x.to(device).requires_grad_() for x in make_inputs(1, 3, 2, 2)]
     selective_scan(*inputs, backend="triton")  # registers it
-    torch.library.opcheck(
-        torch.ops.mambair_ds.selective_scan_triton.default,
-        (*inputs, True),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+    prompt, order = (x.to(device) for x in make_route(1, 3, 2))
+    for route in ((None, None), (prompt.requires_grad_(), order)):
+        torch.library.opcheck(
+            torch.ops.mambair_ds.selective_scan_triton.default,
+            (*inputs, *route, True),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
 
 
 def test_the_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

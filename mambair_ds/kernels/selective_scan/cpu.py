@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mambair_ds.kernels.cpu import jit, jit_reassociating, run_tasks
 from mambair_ds.kernels.selective_scan.operator import make_operator
+from mambair_ds.kernels.selective_scan.reference import put_rows, take_rows
 
 WIDTH = 32
 CHUNK = 32
@@ -60,13 +61,14 @@ def softplus(x):
 
 
 @jit
-def _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope):
+def _load_chunk(u, delta, bias, order, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope):
     """Copy a chunk's inputs into tiles and apply bias and softplus; `tile_slope` becomes the derivative of the step."""
     width = min(WIDTH, u.shape[2] - first)
     for t in range(start, stop):
+        token = order[batch, t]
         for d in range(width):
-            tile_u[t - start, d] = u[batch, t, first + d]
-            tile_dt[t - start, d] = delta[batch, t, first + d] + bias[first + d]
+            tile_u[t - start, d] = u[batch, token, first + d]
+            tile_dt[t - start, d] = delta[batch, token, first + d] + bias[first + d]
         if use_softplus:
             for d in range(WIDTH):
                 tile_dt[t - start, d], tile_slope[t - start, d] = softplus(tile_dt[t - start, d])
@@ -83,7 +85,7 @@ def _load_rates(A, first):
 
 
 @jit
-def _forward(task, u, delta, A, B, C, D, bias, use_softplus, y, states):
+def _forward(task, u, delta, A, B, C, D, bias, order, use_softplus, y, states):
     length, channels = u.shape[1:]
     blocks = (channels + WIDTH - 1) // WIDTH
     batch, first = task // blocks, task % blocks * WIDTH
@@ -99,7 +101,7 @@ def _forward(task, u, delta, A, B, C, D, bias, use_softplus, y, states):
         for s in range(A.shape[1]):
             for d in range(width):
                 states[batch, start // CHUNK, s, first + d] = state[s, d]
-        _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
+        _load_chunk(u, delta, bias, order, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
         for t in range(start, stop):
             row_u, row_dt = tile_u[t - start], tile_dt[t - start]
             for d in range(width):
@@ -110,29 +112,57 @@ def _forward(task, u, delta, A, B, C, D, bias, use_softplus, y, states):
                     h = exp2(row_dt[d] * rates[s, d]) * state[s, d] + row_dt[d] * row_u[d] * b
                     state[s, d] = h
                     out[d] += c * h
+            token = order[batch, t]
             for d in range(width):
-                y[batch, t, first + d] = out[d]
+                y[batch, token, first + d] = out[d]
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward pass; see `make_operator`."""
     batch, length, channels = u.shape
     y = torch.empty(u.shape)
     states = torch.empty(batch, -(-length // CHUNK), A.shape[1], channels)
-    inputs = [_to_numpy(x) for x in (u, delta, A, B, C, D, delta_bias)]
+    inputs = _to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order)
     run_tasks(_forward, batch * -(-channels // WIDTH), *inputs, delta_softplus, y.numpy(), states.numpy())
     return y.to(u.dtype), states
 
 
+def _to_arrays(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
+) -> list[np.ndarray]:
+    """What both kernels read. B and C, few numbers a token, come in sequence order, with the prompt in C."""
+    B, C = take_rows(B.float(), order), take_rows(C.float(), order)
+    C = C if prompt is None else C + prompt
+    order = torch.arange(u.shape[1]).expand(u.shape[:2]) if order is None else order
+    return [*(_to_numpy(x.float()) for x in (u, delta, A, B, C, D, bias)), _to_numpy(order)]
+
+
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().contiguous().numpy()
+    return tensor.detach().contiguous().numpy()
 
 
 @jit_reassociating
 def _backward(
-    task, grad_y, states, u, delta, A, B, C, D, bias, use_softplus,
+    task, grad_y, states, u, delta, A, B, C, D, bias, order, use_softplus,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
 ):  # fmt: skip
     length, channels = u.shape[1:]
@@ -158,7 +188,7 @@ def _backward(
         for s in range(size):
             for d in range(width):
                 history[0, s, d] = states[batch, chunk, s, first + d]
-        _load_chunk(u, delta, bias, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
+        _load_chunk(u, delta, bias, order, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
         for k in range(stop - start):
             row_u, row_dt = tile_u[k], tile_dt[k]
             for s in range(size):
@@ -169,9 +199,10 @@ def _backward(
                     history[k + 1, s, d] = decay * history[k, s, d] + row_dt[d] * row_u[d] * b
         for k in range(stop - start - 1, -1, -1):
             t = start + k
+            token = order[batch, t]
             row_u, row_dt = tile_u[k], tile_dt[k]
             for d in range(width):
-                g_y[d] = grad_y[batch, t, first + d]
+                g_y[d] = grad_y[batch, token, first + d]
                 g_input[d] = g_dt[d] = 0
             for s in range(size):
                 b, c = B[batch, t, s], C[batch, t, s]
@@ -190,9 +221,9 @@ def _backward(
                 grad_C[block, batch, t, s] = g_c
             for d in range(width):
                 g = (g_dt[d] * _LN2 + g_input[d] * row_u[d]) * tile_slope[k, d]
-                grad_delta[batch, t, first + d] = g
+                grad_delta[batch, token, first + d] = g
                 grad_bias[batch, first + d] += g
-                grad_u[batch, t, first + d] = g_input[d] * row_dt[d] + g_y[d] * D[first + d]
+                grad_u[batch, token, first + d] = g_input[d] * row_dt[d] + g_y[d] * D[first + d]
                 grad_D[batch, first + d] += g_y[d] * row_u[d]
     for d in range(width):
         for s in range(size):
@@ -209,37 +240,53 @@ def backward(
     C: Tensor,
     D: Tensor,
     delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """The backward pass; see `make_operator`."""
     batch, _, channels = u.shape
     blocks = -(-channels // WIDTH)
     grad_u, grad_delta = torch.empty(u.shape), torch.empty(u.shape)
     grad_A, grad_D, grad_bias = (torch.zeros(batch, *x.shape) for x in (A, D, delta_bias))
     grad_B, grad_C = torch.empty(blocks, *B.shape), torch.empty(blocks, *B.shape)
-    inputs = [_to_numpy(x) for x in (grad_y, states, u, delta, A, B, C, D, delta_bias)]
+    inputs = [
+        _to_numpy(grad_y.float()),
+        _to_numpy(states),
+        *_to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order),
+    ]
     outputs = [x.numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
     run_tasks(_backward, batch * blocks, *inputs, delta_softplus, *outputs)
     # One after the other: torch's own sum may choose its order by shape and number of threads.
     grad_A, grad_B, grad_C, grad_D, grad_bias = (
         functools.reduce(torch.add, x) for x in (grad_A, grad_B, grad_C, grad_D, grad_bias)
     )
-    return (
+    return [
         grad_u.to(u.dtype),
         grad_delta.to(delta.dtype),
         grad_A,
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
+        put_rows(grad_B, order).to(B.dtype),
+        put_rows(grad_C, order).to(C.dtype),
         grad_D,
         grad_bias,
-    )
+        *([] if prompt is None else [grad_C.to(prompt.dtype)]),
+    ]
 
 
 _operator = make_operator("selective_scan_cpu", forward, backward, CHUNK)
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
 ) -> Tensor:
     """See `mambair_ds.kernels.selective_scan.selective_scan`."""
-    return _operator(u, delta, A, B, C, D, delta_bias, delta_softplus)[0]
+    return _operator(u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus)[0]

@@ -2,9 +2,20 @@
 
 from torch import Tensor
 
+from mambair_ds.kernels.selective_scan.reference import put_rows, take_rows
+
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
 ) -> Tensor:
     """See `mambair_ds.kernels.selective_scan.selective_scan`; raises ImportError where mamba-ssm is missing."""
     try:
@@ -16,6 +27,8 @@ def selective_scan(
             f"importing it failed with: {error}"
         ) from error
     # The kernel wants the sequence contiguous, and all activations in one dtype.
-    u_, delta, B, C = (x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, delta, B, C))
+    u_, delta, B, C = (take_rows(x, order) for x in (u, delta, B, C))
+    C = C if prompt is None else C + prompt
+    u_, delta, B, C = (x.to(u.dtype).transpose(1, 2).contiguous() for x in (u_, delta, B, C))
     y = selective_scan_fn(u_, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus)
-    return y.transpose(1, 2)
+    return put_rows(y.transpose(1, 2), order)

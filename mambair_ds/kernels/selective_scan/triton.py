@@ -26,6 +26,7 @@ CHUNK = 16  # positions whose values of one state fit the registers of `backward
 WIDTHS = {"forward": 64, "backward": 32}  # channels of a program, whose one warp loads B and C once for all of them
 UNROLL = 8
 WARPS = 1
+PACKED = 1024  # pairs that a program of `pack` writes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -59,6 +60,20 @@ def _load_row(pointer, inside, FULL: tl.constexpr):
 
 
 @triton.jit
+def _row(order, first, k, channels: tl.constexpr, inside, FULL: tl.constexpr):
+    """How far behind its sample's first number the row lies that is position first + k of the sequence."""
+    if order is None:
+        return first * channels + k * channels
+    return (tl.load(order + first + k) if FULL else tl.load(order + first + k, mask=inside, other=0)) * channels
+
+
+@triton.jit
+def _sample(order, batch, length):
+    """The order of a sample."""
+    return None if order is None else order + batch * length
+
+
+@triton.jit
 def _pair(pointer):
     """Two float32 numbers by one load."""
     word = tl.load(pointer)
@@ -87,8 +102,31 @@ def _load_states(pointer, channels: tl.constexpr, N: tl.constexpr, SCALE: tl.con
 
 
 @triton.jit
+def pack(
+    B, C, prompt, order, BC, length, padded, sample_B, row_B, sample_C, row_C, N: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """B and C + prompt in the sequence's order, 0 behind its end, as pairs of float32 in an int64, `BC` (B, padded, N).
+
+    One load brings both. `sample_B` and `row_B` are the distances of B's samples and rows.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    position, s = i // N, i % N
+    inside = position < length
+    token = position.to(tl.int64)
+    if order is not None:
+        token = tl.load(order + batch * length + position, mask=inside, other=0)
+    b = tl.load(B + batch * sample_B + token * row_B + s, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(C + batch * sample_C + token * row_C + s, mask=inside, other=0.0).to(tl.float32)
+    if prompt is not None:
+        c += tl.load(prompt + (batch * length + position) * N + s, mask=inside, other=0.0).to(tl.float32)
+    low, high = b.to(tl.uint32, bitcast=True).to(tl.int64), c.to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.store(BC + batch * padded * N + i, low | (high << 32), mask=position < padded)
+
+
+@triton.jit
 def forward_ends(
-    u, delta, A, BC, bias, ends, sums, length, segments,
+    u, delta, A, BC, bias, order, ends, sums, length, segments,
     channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
     SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -97,8 +135,9 @@ def forward_ends(
     rates = _load_states(A + d, channels, N, LOG2E)
     shift = _load(bias + d)
     start = segment * SEGMENT
-    u += (batch * length + start) * channels
-    delta += (batch * length + start) * channels
+    u += batch * length * channels
+    delta += batch * length * channels
+    order = _sample(order, batch, length)
     BC += (batch * segments * SEGMENT + start) * N
     state = ()
     for _s in tl.static_range(N):
@@ -108,16 +147,15 @@ def forward_ends(
     for group in range(tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)):
         for k in tl.static_range(UNROLL):
             inside = group * UNROLL + k < steps
-            dt = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
-            drive = dt * _load_row(u + d + k * channels, inside, FULL)
+            row = _row(order, start + group * UNROLL, k, channels, inside, FULL)
+            dt = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
+            drive = dt * _load_row(u + row + d, inside, FULL)
             total += dt
             new = ()
             for s in tl.static_range(N):
                 b, _c = _pair(BC + k * N + s)
                 new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * b,)
             state = new
-        u += UNROLL * channels
-        delta += UNROLL * channels
         BC += UNROLL * N
     place = batch * segments + segment
     for s in tl.static_range(N):
@@ -127,7 +165,7 @@ def forward_ends(
 
 @triton.jit
 def forward_outputs(
-    u, delta, A, BC, D, bias, carried, states, y, length, segments,
+    u, delta, A, BC, D, bias, order, carried, states, y, length, segments,
     channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -138,9 +176,10 @@ def forward_outputs(
     direct = _load(D + d)
     state = _load_states(carried + (batch * segments + segment) * N * channels + d, channels, N, 1.0)
     start = segment * SEGMENT
-    u += (batch * length + start) * channels
-    delta += (batch * length + start) * channels
-    y += (batch * length + start) * channels
+    u += batch * length * channels
+    delta += batch * length * channels
+    y += batch * length * channels
+    order = _sample(order, batch, length)
     BC += (batch * segments * SEGMENT + start) * N
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK) * N * channels
     left = (length - start).to(tl.int32)
@@ -149,9 +188,10 @@ def forward_outputs(
             tl.store(states + d + s * channels, state[s], mask=in_d)
         for _ in range(CHUNK // UNROLL):
             for k in tl.static_range(UNROLL):
-                inside = in_d if FULL else in_d & (k < left)
-                dt = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
-                x = _load_row(u + d + k * channels, inside, FULL)
+                inside = k < left
+                row = _row(order, start, k, channels, inside, FULL)
+                dt = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
+                x = _load_row(u + row + d, inside, FULL)
                 drive = dt * x
                 out = direct * x
                 new = ()
@@ -161,10 +201,8 @@ def forward_outputs(
                     out += h * c
                     new = new + (h,)
                 state = new
-                tl.store(y + d + k * channels, out.to(y.dtype.element_ty), mask=inside)
-            u += UNROLL * channels
-            delta += UNROLL * channels
-            y += UNROLL * channels
+                tl.store(y + row + d, out.to(y.dtype.element_ty), mask=in_d if FULL else in_d & inside)
+            start += UNROLL
             BC += UNROLL * N
             left -= UNROLL
         states += N * channels
@@ -172,7 +210,7 @@ def forward_outputs(
 
 @triton.jit
 def backward_ends(
-    grad_y, delta, A, BC, bias, ends, sums, length, segments,
+    grad_y, delta, A, BC, bias, order, ends, sums, length, segments,
     channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
     SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -183,22 +221,23 @@ def backward_ends(
     start = segment * SEGMENT
     steps = (length - start).to(tl.int32)
     groups = tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)
-    row = start + groups * UNROLL
-    grad_y += (batch * length + row) * channels
-    delta += (batch * length + row) * channels
-    BC += (batch * segments * SEGMENT + row) * N
+    first = start + groups * UNROLL
+    grad_y += batch * length * channels
+    delta += batch * length * channels
+    order = _sample(order, batch, length)
+    BC += (batch * segments * SEGMENT + first) * N
     state = ()
     for _s in tl.static_range(N):
         state = state + (tl.zeros((WIDTH,), tl.float32),)
     total = tl.zeros((WIDTH,), tl.float32)
     for i in range(groups):
-        grad_y -= UNROLL * channels
-        delta -= UNROLL * channels
+        first -= UNROLL
         BC -= UNROLL * N
         for k in tl.static_range(UNROLL - 1, -1, -1):
             inside = (groups - 1 - i) * UNROLL + k < steps
-            dt = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
-            gy = _load_row(grad_y + d + k * channels, inside, FULL)
+            row = _row(order, first, k, channels, inside, FULL)
+            dt = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
+            gy = _load_row(grad_y + row + d, inside, FULL)
             total += dt
             new = ()
             for s in tl.static_range(N):
@@ -251,7 +290,7 @@ def _fold_all(values, lane, COUNT: tl.constexpr):
 
 @triton.jit
 def backward_inputs(
-    grad_y, u, delta, A, BC, D, bias, states, grad_states,
+    grad_y, u, delta, A, BC, D, bias, order, states, grad_states,
     grad_u, grad_delta, part_A, part_BC, part_D, part_bias, length, segments,
     channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
     SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
@@ -272,12 +311,13 @@ def backward_inputs(
     steps = (length - start).to(tl.int32)
     chunks = tl.cdiv(tl.minimum(steps, SEGMENT), CHUNK)
     block = tl.program_id(0) % ((channels + WIDTH - 1) // WIDTH)
-    at = (batch * length + start + chunks * CHUNK) * channels
-    grad_y += at
-    u += at
-    delta += at
-    grad_u += at
-    grad_delta += at
+    first = start + chunks * CHUNK
+    grad_y += batch * length * channels
+    u += batch * length * channels
+    delta += batch * length * channels
+    grad_u += batch * length * channels
+    grad_delta += batch * length * channels
+    order = _sample(order, batch, length)
     BC += (place * SEGMENT + chunks * CHUNK) * N
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK + chunks) * N * channels
     grad_states += place * N * channels
@@ -287,23 +327,20 @@ def backward_inputs(
     g_direct = tl.zeros((WIDTH,), tl.float32)
     g_shift = tl.zeros((WIDTH,), tl.float32)
     for i in range(chunks):
-        grad_y -= CHUNK * channels
-        u -= CHUNK * channels
-        delta -= CHUNK * channels
-        grad_u -= CHUNK * channels
-        grad_delta -= CHUNK * channels
+        first -= CHUNK
         states -= N * channels
         BC -= CHUNK * N
         part_BC -= CHUNK * 2 * N
         left = steps - (chunks - 1 - i) * CHUNK
         dt, drive, gy, g_dt, g_drive = (), (), (), (), ()
         for k in tl.static_range(CHUNK):
-            inside = in_d if FULL else in_d & (k < left)
-            step = _step(_load_row(delta + d + k * channels, inside, FULL) + shift, SOFTPLUS)
+            inside = k < left
+            row = _row(order, first, k, channels, inside, FULL)
+            step = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
             dt = dt + (step,)
             # Channels that do not exist stay out of the sums over channels: their drive and states are 0.
-            drive = drive + (tl.where(in_d, step * _load_row(u + d + k * channels, inside, FULL), 0.0),)
-            gy = gy + (_load_row(grad_y + d + k * channels, inside, FULL),)
+            drive = drive + (tl.where(in_d, step * _load_row(u + row + d, inside, FULL), 0.0),)
+            gy = gy + (_load_row(grad_y + row + d, inside, FULL),)
             g_dt = g_dt + (tl.zeros((WIDTH,), tl.float32),)
             g_drive = g_drive + (tl.zeros((WIDTH,), tl.float32),)
         for s in range(0, N):
@@ -338,27 +375,58 @@ def backward_inputs(
             tl.store(grad_states + d + s * channels, r, mask=in_d)
             tl.store(part_A + d + s * channels, g_rate, mask=in_d)
         for k in tl.static_range(CHUNK):
-            inside = in_d if FULL else in_d & (k < left)
-            x = _load_row(u + d + k * channels, inside, FULL)
+            inside = k < left
+            row = _row(order, first, k, channels, inside, FULL)
+            inside = in_d if FULL else in_d & inside
+            x = _load_row(u + row + d, inside, FULL)
             g = g_dt[k] * LN2 + g_drive[k] * x
             if SOFTPLUS:  # the derivative of Δ = log(1 + e^x) is e^(x - Δ)
-                g *= tl.exp2((_load_row(delta + d + k * channels, inside, FULL) + shift - dt[k]) * LOG2E)
-            tl.store(grad_delta + d + k * channels, g.to(grad_delta.dtype.element_ty), mask=inside)
+                g *= tl.exp2((_load_row(delta + row + d, inside, FULL) + shift - dt[k]) * LOG2E)
+            tl.store(grad_delta + row + d, g.to(grad_delta.dtype.element_ty), mask=inside)
             g_x = g_drive[k] * dt[k] + direct * gy[k]
-            tl.store(grad_u + d + k * channels, g_x.to(grad_u.dtype.element_ty), mask=inside)
+            tl.store(grad_u + row + d, g_x.to(grad_u.dtype.element_ty), mask=inside)
             g_direct += gy[k] * x
             g_shift += g
     tl.store(part_D + place * channels + d, g_direct, mask=in_d)
     tl.store(part_bias + place * channels + d, g_shift, mask=in_d)
 
 
-def _pack(B: Tensor, C: Tensor, segments: int) -> Tensor:
-    """B and C as pairs of float32 in an int64, (B, segments * SEGMENT, N): one load brings both."""
+@triton.jit
+def sum_blocks(
+    part_BC, order, grad_B, grad_C, grad_prompt, length, chunks, blocks,
+    N: tl.constexpr, CHUNK: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """A chunk's gradients of B, C and the prompt, (B, L, N): the sums over blocks of channels, one after the other."""
+    chunk, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    s, k = tl.arange(0, STATES)[:, None], tl.arange(0, CHUNK)[None, :]
+    part_BC += (batch * chunks + chunk) * (2 * N * CHUNK)
+    in_N = (s < N) & (k < CHUNK)
+    g_B = tl.zeros((STATES, CHUNK), tl.float32)
+    g_C = tl.zeros((STATES, CHUNK), tl.float32)
+    for _ in range(blocks):
+        g_B += tl.load(part_BC + s * (2 * CHUNK) + k, mask=in_N, other=0.0)
+        g_C += tl.load(part_BC + s * (2 * CHUNK) + CHUNK + k, mask=in_N, other=0.0)
+        part_BC += tl.num_programs(1).to(tl.int64) * chunks * (2 * N * CHUNK)
+    position = chunk * CHUNK + k
+    inside = in_N & (position < length)
+    token = batch * length + position
+    if grad_prompt is not None:
+        tl.store(grad_prompt + token * N + s, g_C.to(grad_prompt.dtype.element_ty), mask=inside)
+    if order is not None:
+        token = batch * length + tl.load(order + token, mask=position < length, other=0)
+    tl.store(grad_B + token * N + s, g_B.to(grad_B.dtype.element_ty), mask=inside)
+    tl.store(grad_C + token * N + s, g_C.to(grad_C.dtype.element_ty), mask=inside)
+
+
+def _pack(B: Tensor, C: Tensor, prompt: Tensor | None, order: Tensor | None, segments: int) -> Tensor:
+    """See `pack`."""
     batch, length, states = B.shape
-    pairs = B.new_zeros(batch, segments * SEGMENT, states, 2, dtype=torch.float32)
-    pairs[:, :length, :, 0] = B
-    pairs[:, :length, :, 1] = C
-    return pairs.view(torch.int64).squeeze(-1)
+    B, C = (x if x.stride(2) == 1 else x.contiguous() for x in (B, C))
+    pairs = B.new_empty(batch, segments * SEGMENT, states, dtype=torch.int64)
+    grid = (triton.cdiv(segments * SEGMENT * states, PACKED), batch)
+    strides = (B.stride(0), B.stride(1), C.stride(0), C.stride(1))
+    pack[grid](B, C, prompt, order, pairs, length, segments * SEGMENT, *strides, N=states, BLOCK=PACKED, num_warps=4)
+    return pairs
 
 
 def _carry(rates: Tensor, ends: Tensor, sums: Tensor, reverse: bool) -> None:
@@ -368,13 +436,22 @@ def _carry(rates: Tensor, ends: Tensor, sums: Tensor, reverse: bool) -> None:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """The forward pass; see `make_operator`."""
     u, delta, rates, D, delta_bias = (x.contiguous() for x in (u, delta, A.T, D, delta_bias))
+    prompt, order = (None if x is None else x.contiguous() for x in (prompt, order))
     batch, length, channels = u.shape
     segments = triton.cdiv(length, SEGMENT)
-    BC = _pack(B, C, segments)
     entering = A.new_empty(batch, segments, A.shape[1], channels)
     states = A.new_empty(batch, triton.cdiv(length, CHUNK), A.shape[1], channels)
     sums = A.new_empty(batch, segments, channels)
@@ -390,9 +467,10 @@ def forward(
         "num_warps": WARPS,
     }
     with torch.cuda.device_of(u):
-        forward_ends[grid](u, delta, rates, BC, delta_bias, entering, sums, **sizes)
+        BC = _pack(B, C, prompt, order, segments)
+        forward_ends[grid](u, delta, rates, BC, delta_bias, order, entering, sums, **sizes)
         _carry(rates, entering, sums, reverse=False)
-        forward_outputs[grid](u, delta, rates, BC, D, delta_bias, entering, states, y, CHUNK=CHUNK, **sizes)
+        forward_outputs[grid](u, delta, rates, BC, D, delta_bias, order, entering, states, y, CHUNK=CHUNK, **sizes)
     return y, states
 
 
@@ -406,13 +484,15 @@ def backward(
     C: Tensor,
     D: Tensor,
     delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """The backward pass; see `make_operator`."""
     grad_y, u, delta, rates, D, delta_bias = (x.contiguous() for x in (grad_y, u, delta, A.T, D, delta_bias))
+    prompt, order = (None if x is None else x.contiguous() for x in (prompt, order))
     batch, length, channels = u.shape
     segments = triton.cdiv(length, SEGMENT)
-    BC = _pack(B, C, segments)
     grad_states = A.new_empty(batch, segments, A.shape[1], channels)
     part_A = torch.zeros_like(grad_states)
     sums, part_D, part_bias = (A.new_empty(batch, segments, channels) for _ in range(3))
@@ -422,32 +502,52 @@ def backward(
     sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
     sizes |= {"SOFTPLUS": delta_softplus, "FULL": length % CHUNK == 0, "num_warps": WARPS}
     with torch.cuda.device_of(u):
+        BC = _pack(B, C, prompt, order, segments)
         grid = (segments * triton.cdiv(channels, WIDTHS["forward"]), batch)
         backward_ends[grid](
-            grad_y, delta, rates, BC, delta_bias, grad_states, sums, UNROLL=UNROLL, WIDTH=WIDTHS["forward"], **sizes
+            grad_y,
+            delta,
+            rates,
+            BC,
+            delta_bias,
+            order,
+            grad_states,
+            sums,
+            UNROLL=UNROLL,
+            WIDTH=WIDTHS["forward"],
+            **sizes,
         )
         _carry(rates, grad_states, sums, reverse=True)
         backward_inputs[segments * blocks, batch](
-            grad_y, u, delta, rates, BC, D, delta_bias, states, grad_states,
+            grad_y, u, delta, rates, BC, D, delta_bias, order, states, grad_states,
             grad_u, grad_delta, part_A, part_BC, part_D, part_bias, CHUNK=CHUNK, WIDTH=width, **sizes,
         )  # fmt: skip
-    grad_B, grad_C = part_BC.sum(0).permute(3, 0, 1, 4, 2).reshape(2, batch, -1, A.shape[1])[:, :, :length]
-    return (
-        grad_u,
-        grad_delta,
-        part_A.sum((0, 1)).T.contiguous(),
-        B.new_empty(B.shape).copy_(grad_B),
-        C.new_empty(C.shape).copy_(grad_C),
-        part_D.sum((0, 1)),
-        part_bias.sum((0, 1)),
-    )
+        grad_B, grad_C, *grad_prompt = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C, prompt) if x is not None
+        )
+        sum_blocks[triton.cdiv(length, CHUNK), batch](
+            part_BC, order, grad_B, grad_C, grad_prompt[0] if grad_prompt else None, length,
+            segments * SEGMENT // CHUNK, blocks, N=A.shape[1], CHUNK=CHUNK,
+            STATES=triton.next_power_of_2(A.shape[1]), num_warps=WARPS,
+        )  # fmt: skip
+    grad_A, grad_D, grad_bias = (x.sum((0, 1)) for x in (part_A, part_D, part_bias))
+    return [grad_u, grad_delta, grad_A.T.contiguous(), grad_B, grad_C, grad_D, grad_bias, *grad_prompt]
 
 
 _operator = make_operator("selective_scan_triton", forward, backward, CHUNK)
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor, delta_softplus: bool
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    prompt: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
 ) -> Tensor:
     """See `mambair_ds.kernels.selective_scan.selective_scan`."""
-    return _operator(u, delta, A, B, C, D, delta_bias, delta_softplus)[0]
+    return _operator(u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus)[0]
