@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels.cpu import jit, jit_reassociating, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
 from mambair_ds.kernels.selective_scan.operator import make_operator
 from mambair_ds.kernels.selective_scan.reference import put_rows, take_rows
 
@@ -27,22 +27,6 @@ CHUNK = 32
 
 _LN2, _LOG2E = np.float32(0.6931471805599453), np.float32(1.4426950408889634)
 _ONE, _TWO = np.float32(1), np.float32(2)
-
-
-@jit
-def exp2(x):
-    """2^x for x clamped to ±126, within 1e-7 of it: a power of two times a polynomial on [-1/2, 1/2]."""
-    x = min(max(x, np.float32(-126)), np.float32(126))
-    shifted = x + np.float32(12582912)  # 1.5 * 2^23: rounds x to an integer, which stands in the low bits
-    f = x - (shifted - np.float32(12582912))
-    p = np.float32(0.00015469732) * f + np.float32(0.0013400432)
-    p = p * f + np.float32(0.009618025603)
-    p = p * f + np.float32(0.05550327214)
-    p = p * f + np.float32(0.2402265121)
-    p = p * f + np.float32(0.6931472067)
-    p = p * f + _ONE
-    power = np.int32((np.float32(shifted).view(np.int32) << 23) + (127 << 23))
-    return p * np.int32(power).view(np.float32)
 
 
 @jit

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambair_ds.kernels.cpu import jit, jit_reassociating, run_tasks
-from mambair_ds.kernels.selective_scan.cpu import exp2
+from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
 
 GROUP = 8  # windows of one kind whose bias gradient one task sums
 
