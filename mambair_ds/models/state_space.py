@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mambair_ds.kernels.philox import NoiseKey, gumbel
 from mambair_ds.kernels.routing import choose_class, class_order, class_prompt
@@ -49,14 +48,13 @@ class AttentiveStateSpace(nn.Module):
             logits = logits + self._gumbel(logits, noise)
         index = self.route.decide(logits)
         prompt = class_prompt(logits, self.embeddingB.weight @ embedding_a, index)
-        order, inverse = class_order(index, logits.shape[-1])
+        order, _ = class_order(index, logits.shape[-1])
 
         u = convolve(self.in_proj, x)
         u = convolve_depthwise(self.CPE[0], u, "sigmoid_gate")
         # The prompt stays in token order though the sequence is sorted: the published network is trained so.
-        y = self.selectiveScan(_permute(u.flatten(1, 2), order, inverse), prompt)
-        y = self.out_proj(self.out_norm(y))
-        return _permute(y, inverse, order).view_as(x)
+        y = self.selectiveScan(u.flatten(1, 2), prompt, order)
+        return self.out_proj(self.out_norm(y)).view_as(x)
 
     def _gumbel(self, logits: Tensor, noise: NoiseKey | None) -> Tensor:
         if noise is None:  # the published draw, number for number
@@ -100,37 +98,15 @@ class SelectiveScan(nn.Module):
             step = torch.empty(1, dim).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
-    def forward(self, u: Tensor, prompt: Tensor) -> Tensor:
-        """(B, L, dim) to the same; `prompt` (B, L, d_state) is added to C."""
+    def forward(self, u: Tensor, prompt: Tensor, order: Tensor) -> Tensor:
+        """(B, L, dim) to the same, scanned in `order` (B, L); `prompt` (B, L, d_state) is added to C place by place."""
         delta, B, C = F.linear(u, self.x_proj_weight[0]).split(self.splits, -1)
         delta = F.linear(delta, self.dt_projs_weight[0])
         with torch.autocast(u.device.type, enabled=False):  # the state and its rates are float32 under mixed precision
             A_logs, D, bias = (_wide(p) for p in (self.A_logs, self.Ds, self.dt_projs_bias[0]))
-            return selective_scan(u, delta, -A_logs.exp(), B, C + prompt.to(C.dtype), D, bias, True, self.backend)
-
-
-def _permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return _Permute.apply(x, order, inverse)
-
-
-class _Permute(torch.autograd.Function):
-    """y[b, i] = x[b, order[b, i]]. Autograd's own gradient of a gather adds into zeros, one element after the other."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(inverse)
-        return _take(x, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        return _take(grad, ctx.saved_tensors[0]), None, None
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    batch, length, channels = x.shape
-    rows = order + length * torch.arange(batch, device=x.device)[:, None]
-    return x.reshape(-1, channels).index_select(0, rows.flatten()).view(x.shape)
+            return selective_scan(
+                u, delta, -A_logs.exp(), B, C, D, bias, prompt=prompt.to(C.dtype), order=order, backend=self.backend
+            )
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -108,14 +108,16 @@ def test_selective_scan_parameters_against_the_recurrence():
     scan = SelectiveScan(dim, states, None)
     nn.init.normal_(scan.Ds)
     u, prompt = torch.randn(1, length, dim), torch.randn(1, length, states)
-    projected = u[0] @ scan.x_proj_weight[0].T
+    order = torch.randperm(length)[None]
+    sorted_u = u[:, order[0]]
+    projected = sorted_u[0] @ scan.x_proj_weight[0].T
     raw, B, C = projected[:, :2], projected[:, 2:5], projected[:, 5:]  # rank of the step: ceil(20 / 16)
     step = F.softplus(raw @ scan.dt_projs_weight[0].T + scan.dt_projs_bias[0])
     A, h, y = -torch.exp(scan.A_logs), torch.zeros(dim, states), []
     for t in range(length):
-        h = torch.exp(step[t, :, None] * A) * h + step[t, :, None] * B[t] * u[0, t, :, None]
-        y.append((h * (C[t] + prompt[0, t])).sum(-1) + scan.Ds * u[0, t])
-    _same(scan(u, prompt)[0], torch.stack(y), atol=2e-6)
+        h = torch.exp(step[t, :, None] * A) * h + step[t, :, None] * B[t] * sorted_u[0, t, :, None]
+        y.append((h * (C[t] + prompt[0, t])).sum(-1) + scan.Ds * sorted_u[0, t])
+    _same(scan(u, prompt, order)[0, order[0]], torch.stack(y), atol=2e-6)
 
 
 def test_prompts_stay_in_token_order_while_tokens_are_sorted():
@@ -126,15 +128,17 @@ def test_prompts_stay_in_token_order_while_tokens_are_sorted():
     seen = []
     module.selectiveScan.register_forward_pre_hook(lambda _, args: seen.append(args))
     out = module(x, embedding_a, None)
-    (u, prompt), tokens = seen[0], x.flatten(1, 2)
+    (u, prompt, places), tokens = seen[0], x.flatten(1, 2)
     index = module.route(tokens).argmax(-1)
     assert len(index.unique()) > 1
     _same(prompt, (module.embeddingB.weight @ embedding_a)[index])
     image = module.in_proj(x.permute(0, 3, 1, 2))
     gated = (image * torch.sigmoid(module.CPE(image))).flatten(2).transpose(1, 2)
     order = torch.sort(index[0], stable=True).indices
-    _same(u[0], gated[0, order])
-    y = module.out_proj(module.out_norm(module.selectiveScan(u, prompt)))
+    assert torch.equal(places[0], order)
+    _same(u, gated)
+    in_place = torch.arange(len(order))[None]
+    y = module.out_proj(module.out_norm(module.selectiveScan(u[:, order], prompt, in_place)))
     restored = torch.empty_like(y)
     restored[0, order] = y[0]
     _same(out, restored.view_as(out))

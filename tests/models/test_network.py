@@ -189,10 +189,10 @@ def test_mixed_precision_keeps_routing_and_scan_in_float32(monkeypatch):
     seen = {}
     scan = state_space.selective_scan
 
-    def spy(u, delta, A, B, C, D, bias, *rest):
+    def spy(u, delta, A, B, C, D, bias, **rest):
         seen["autocast"] = torch.is_autocast_enabled("cpu")
         seen["rates"] = {A.dtype, D.dtype, bias.dtype}
-        return scan(u, delta, A, B, C, D, bias, *rest)
+        return scan(u, delta, A, B, C, D, bias, **rest)
 
     monkeypatch.setattr(state_space, "selective_scan", spy)
     model, x = build_tiny().train(), recipe_input((1, 3, 8, 8))
