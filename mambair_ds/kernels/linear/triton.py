@@ -1,0 +1,490 @@
+"""The linear layer on GPUs: a program has whole rows of x, so that it reads them once and writes each output once.
+
+The norm is folded into the weights: with x̂ = (x - mean) / deviation, LayerNorm(x) · Wᵀ is x̂ · (W γ)ᵀ + W β.
+`pack_weight` makes W γ in the dtype of the product, padded with zeros to whole tiles, and bias + W β. Then
+`multiply_rows` keeps its rows' x̂ as tiles, and walks over the outputs.
+
+Backward, with g the gradient of the result and a the product, `differentiate_rows` walks over the outputs in the same
+way: g' = g · GELU'(a), g' · W γ collected for all of x's channels, and at the end the norm's derivative. What it
+writes beside the gradient of x, g' and the rows' statistics, goes to `differentiate_weight`, which
+computes P = g'ᵀ · (x̂, 1) for ranges of rows. All parameters' gradients are small sums over P: of the bias P's last
+column p, of W it is P γ + p β, of γ and β the sums of W P and W p over outputs.
+
+Sums are float32. There are no atomics: parts are added up in a fixed order, so two runs agree to the bit.
+"""
+
+# mypy: disable-error-code="assignment, index, no-untyped-def, var-annotated"
+# ruff: noqa: RUF005 (Triton's tuples grow by +)
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambair_ds.kernels.linear import reference
+from mambair_ds.kernels.linear.operator import make_operator
+
+TILE = 64
+"""Channels of a tile, in and out."""
+PACK_WARPS = 1
+GROUP = 3
+"""Tiles of outputs, and of inputs, whose gradient a program of `differentiate_weight` has in registers."""
+PROGRAMS = 132
+"""How many programs `differentiate_weight` is divided into, about; a constant, as sums depend on it."""
+LARGEST = 512
+"""Inputs of a row that are kept at once. Beyond, the product takes longer than memory, and PyTorch's is good."""
+
+
+class Plan(NamedTuple):
+    """How a kernel is cut."""
+
+    rows: int
+    """Of a program, or of one step of `differentiate_weight`."""
+    outputs: int
+    """Of one step, or of a program of `differentiate_weight`."""
+    warps: int
+    stages: int
+    """Steps whose loads are in flight or in use at once."""
+
+
+PLANS = {
+    ("multiply", "narrow"): Plan(128, 64, 8, 2),
+    ("multiply", "wide"): Plan(128, 32, 8, 2),
+    ("multiply", "float32"): Plan(64, 32, 4, 1),
+    ("differentiate", "narrow"): Plan(128, 32, 8, 2),
+    ("differentiate", "wide"): Plan(64, 32, 8, 2),
+    ("differentiate", "float32"): Plan(64, 32, 8, 1),
+    ("weight", "narrow"): Plan(64, 128, 8, 2),
+    ("weight", "wide"): Plan(64, 128, 8, 2),
+    ("weight", "float32"): Plan(32, 64, 8, 1),
+}
+"""By kernel and by what it multiplies: rows of at most `GROUP` tiles, wider ones, or float32."""
+
+EPSILON = tl.constexpr(1e-5)
+
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which multiplies bfloat16 as integers
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _tail(t):
+    """Φ(-t) for t >= 0, by a polynomial for its logarithm: within 4e-7 everywhere, and t Φ(-t) within 5e-7."""
+    p = -7.954661e-07 * t + 4.3588387e-05
+    p = p * t - 0.00081117509
+    p = p * t + 0.0081298696
+    p = p * t - 0.053374931
+    p = p * t - 0.45887116
+    p = p * t - 1.1511515
+    return tl.exp2(p * t - 0.99999899)
+
+
+@triton.jit
+def _gelu(x):
+    t = tl.abs(x)
+    return tl.maximum(x, 0.0) - t * _tail(t)
+
+
+@triton.jit
+def _gelu_slope(x):
+    """Φ(x) + x φ(x)."""
+    t = tl.abs(x)
+    below = _tail(t) - t * tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361593)
+    return tl.where(x < 0, below, 1.0 - below)
+
+
+@triton.jit
+def _load_tile(x, r, inside, j: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr):
+    """Tile j of rows r of x, float32, zeros where there is nothing; its places, and which of them exist."""
+    k = j * TILE + tl.arange(0, TILE)
+    place = r[:, None] * IN + k[None, :]
+    mask = inside[:, None] & (k < IN)[None, :]
+    return tl.load(x + place, mask=mask, other=0.0).to(tl.float32), place, mask
+
+
+@triton.jit
+def _load_tiles(x, r, inside, IN: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr):
+    """Rows r of x as a tuple of tiles."""
+    tiles = ()
+    for j in tl.static_range(TILES):
+        tile, _place, _mask = _load_tile(x, r, inside, j, IN, TILE)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _statistics(tiles, IN: tl.constexpr):
+    """Mean of every row and 1 / its deviation."""
+    TILE: tl.constexpr = tiles[0].shape[1]
+    total = tiles[0]
+    for j in tl.static_range(1, len(tiles)):
+        total += tiles[j]
+    mean = tl.sum(total, 1) / IN
+    squares = tl.zeros_like(total)
+    for j in tl.static_range(len(tiles)):
+        k = j * TILE + tl.arange(0, TILE)
+        centered = tl.where((k < IN)[None, :], tiles[j] - mean[:, None], 0.0)
+        squares += centered * centered
+    return mean, tl.rsqrt(tl.sum(squares, 1) / IN + EPSILON)
+
+
+@triton.jit
+def _prepare(tiles, IN: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr):
+    """x̂, or x without a norm, for the product; and mean and 1 / deviation of every row."""
+    mean, rate = _statistics(tiles, IN) if NORM else (0.0, 1.0)
+    prepared = ()
+    for j in tl.static_range(len(tiles)):
+        # Behind the last channel this is not 0, but there the weight is.
+        tile = (tiles[j] - mean[:, None]) * rate[:, None] if NORM else tiles[j]
+        prepared = prepared + (tile.to(dtype),)
+    return prepared, mean, rate
+
+
+@triton.jit
+def _load_weights(packed, n, TILES: tl.constexpr, TILE: tl.constexpr):
+    """The weights of outputs n, a tile for each tile of x."""
+    weights = ()
+    for j in tl.static_range(TILES):
+        k = j * TILE + tl.arange(0, TILE)
+        weights = weights + (tl.load(packed + n[:, None] * (TILES * TILE) + k[None, :]),)
+    return weights
+
+
+@triton.jit
+def _multiply(tiles, weights, shift, PRECISION: tl.constexpr):
+    """A tile of the product."""
+    total = tl.zeros((tiles[0].shape[0], weights[0].shape[0]), tl.float32)
+    for j in tl.static_range(len(tiles)):
+        total = _dot(tiles[j], tl.trans(weights[j]), total, PRECISION)
+    return total + shift[None, :]
+
+
+@triton.jit
+def pack_weight(
+    weight, bias, gamma, beta, packed, shift,
+    IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """`packed`, W γ with zeros up to whole tiles, WIDTH channels a row, and `shift`, bias + W β, float32."""
+    n, k = tl.program_id(0), tl.arange(0, LANES)
+    there = k < IN
+    w = tl.load(weight + n * IN + k, mask=there & (n < OUT), other=0.0).to(tl.float32)
+    total = tl.load(bias + n, mask=n < OUT, other=0.0).to(tl.float32) if BIAS else 0.0
+    if NORM:
+        total += tl.sum(w * tl.load(beta + k, mask=there, other=0.0).to(tl.float32))
+        w *= tl.load(gamma + k, mask=there, other=0.0).to(tl.float32)
+    tl.store(packed + n * WIDTH + k, w.to(packed.dtype.element_ty), mask=k < WIDTH)
+    tl.store(shift + n, total)
+
+
+@triton.jit
+def multiply_rows(
+    x, packed, shift, residual, skip, scale, y, rows, steps,
+    IN: tl.constexpr, OUT: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """y, (rows, OUT), of x, (rows, IN)."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    r = tl.arange(0, ROWS)
+    inside = r < rows - first
+    tiles = _load_tiles(x + first * IN, r, inside, IN, TILES, TILE)
+    tiles, _mean, _rate = _prepare(tiles, IN, NORM, packed.dtype.element_ty)
+    residual += first * OUT
+    skip += first * OUT
+    y += first * OUT
+    for step in range(0, steps):
+        n = step * STEP + tl.arange(0, STEP)
+        value = _multiply(tiles, _load_weights(packed, n, TILES, TILE), tl.load(shift + n), PRECISION)
+        if GELU:
+            value = _gelu(value)
+        place = r[:, None] * OUT + n[None, :]
+        mask = inside[:, None] & (n < OUT)[None, :]
+        if RESIDUAL:
+            value += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        if SKIP:
+            factor = tl.load(scale + n, mask=n < OUT, other=0.0).to(tl.float32)
+            value += factor[None, :] * tl.load(skip + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def differentiate_rows(
+    grad, x, packed, shift, scale, skip, grad_skip, grad_x, grad_a, part_scale, statistics, rows, steps,
+    IN: tl.constexpr, OUT: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, GELU: tl.constexpr, SKIP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of x and skip, and these rows' part of the scale's, `part_scale` (programs, OUT).
+
+    With GELU also `grad_a`, (rows, OUT), the gradient of the product; with NORM also `statistics`, (2, rows).
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    r = tl.arange(0, ROWS)
+    inside = r < rows - first
+    dtype: tl.constexpr = packed.dtype.element_ty
+    x += first * IN
+    if GELU:
+        tiles, mean, rate = _prepare(_load_tiles(x, r, inside, IN, TILES, TILE), IN, NORM, dtype)
+    grad += first * OUT
+    grad_a += first * OUT
+    skip += first * OUT
+    grad_skip += first * OUT
+    sums = ()
+    for _j in tl.static_range(TILES):
+        sums = sums + (tl.zeros((ROWS, TILE), tl.float32),)
+    for step in range(0, steps):
+        n = step * STEP + tl.arange(0, STEP)
+        place = r[:, None] * OUT + n[None, :]
+        mask = inside[:, None] & (n < OUT)[None, :]
+        g = tl.load(grad + place, mask=mask, other=0.0)
+        weights = _load_weights(packed, n, TILES, TILE)
+        if SKIP:
+            wide = g.to(tl.float32)
+            factor = tl.load(scale + n, mask=n < OUT, other=0.0).to(tl.float32)
+            tl.store(grad_skip + place, (factor[None, :] * wide).to(grad_skip.dtype.element_ty), mask=mask)
+            part = tl.sum(wide * tl.load(skip + place, mask=mask, other=0.0).to(tl.float32), 0)
+            tl.store(part_scale + tl.program_id(0) * OUT + n, part, mask=n < OUT)
+        if GELU:
+            slope = _gelu_slope(_multiply(tiles, weights, tl.load(shift + n), PRECISION))
+            g = (g.to(tl.float32) * slope).to(dtype)
+            tl.store(grad_a + place, g, mask=mask)
+        g = g.to(dtype)
+        new = ()
+        for j in tl.static_range(TILES):
+            new = new + (_dot(g, weights[j], sums[j], PRECISION),)
+        sums = new
+    grad_x += first * IN
+    if NORM:
+        if not GELU:
+            mean, rate = _statistics(_load_tiles(x, r, inside, IN, TILES, TILE), IN)
+        # With the two stores apart, x is read again from cache, and does not fill registers in between.
+        tl.store(statistics + first + r, mean, mask=inside)
+        plain = tl.zeros((ROWS, TILE), tl.float32)
+        along = tl.zeros((ROWS, TILE), tl.float32)
+        for j in tl.static_range(TILES):
+            tile, _place, _mask = _load_tile(x, r, inside, j, IN, TILE)
+            plain += sums[j]
+            along += sums[j] * (tile - mean[:, None])
+        plain = tl.sum(plain, 1) / IN
+        along = tl.sum(along, 1) * rate * rate / IN
+        tl.store(statistics + rows + first + r, rate, mask=inside)
+    for j in tl.static_range(TILES):
+        tile, place, mask = _load_tile(x, r, inside, j, IN, TILE)
+        value = sums[j]
+        if NORM:
+            value = (value - plain[:, None] - (tile - mean[:, None]) * along[:, None]) * rate[:, None]
+        tl.store(grad_x + place, value.to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def differentiate_weight(
+    grad, x, statistics, like, parts, rows, steps,
+    IN: tl.constexpr, OUT: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`parts`, (ranges, OUT, IN + 1): gᵀ · (x̂, 1) of ranges of ROWS · steps rows, in the dtype of `like`.
+
+    A program has STEP outputs and TILES tiles of x's channels.
+    """
+    dtype: tl.constexpr = like.dtype.element_ty
+    GROUPS: tl.constexpr = IN // (TILE * TILES) + 1
+    n = tl.program_id(0) // GROUPS * STEP + tl.arange(0, STEP)
+    into = tl.program_id(0) % GROUPS * (TILE * TILES)
+    first = tl.program_id(1).to(tl.int64) * (ROWS * steps)
+    r = tl.arange(0, ROWS)
+    one = tl.full((1, 1), 1.0, tl.float32).to(dtype)
+    sums = ()
+    for _j in tl.static_range(TILES):
+        sums = sums + (tl.zeros((STEP, TILE), tl.float32),)
+    for step in range(0, steps):
+        begin = first + step * ROWS
+        inside = r < rows - begin
+        mask = inside[:, None] & (n < OUT)[None, :]
+        g = tl.load(grad + begin * OUT + r[:, None] * OUT + n[None, :], mask=mask, other=0.0).to(dtype)
+        if NORM:
+            mean = tl.load(statistics + begin + r, mask=inside, other=0.0)
+            rate = tl.load(statistics + rows + begin + r, mask=inside, other=0.0)
+        new = ()
+        for j in tl.static_range(TILES):
+            k = into + j * TILE + tl.arange(0, TILE)
+            mask = inside[:, None] & (k < IN)[None, :]
+            tile = tl.load(x + begin * IN + r[:, None] * IN + k[None, :], mask=mask, other=0.0)
+            if NORM:
+                tile = (tile.to(tl.float32) - mean[:, None]) * rate[:, None]
+            tile = tl.where((k == IN)[None, :], one, tile.to(dtype))
+            new = new + (_dot(tl.trans(g), tile, sums[j], PRECISION),)
+        sums = new
+    parts += tl.program_id(1).to(tl.int64) * (OUT * (IN + 1))
+    for j in tl.static_range(TILES):
+        k = into + j * TILE + tl.arange(0, TILE)
+        mask = (n < OUT)[:, None] & (k <= IN)[None, :]
+        tl.store(parts + n[:, None] * (IN + 1) + k[None, :], sums[j], mask=mask)
+
+
+def tiles(inputs: int) -> int:
+    """Tiles of a row of x with one channel more, for the ones beside x̂."""
+    return triton.cdiv(inputs + 1, TILE)
+
+
+def height(outputs: int) -> int:
+    """Outputs of the packed weight: whole steps of every kernel."""
+    return triton.cdiv(outputs, TILE) * TILE
+
+
+def plan(kernel: str, inputs: int, dtype: torch.dtype) -> Plan:
+    """How `kernel` is cut for rows of x of `inputs` channels and products in `dtype`."""
+    width = "float32" if dtype == torch.float32 else "narrow" if tiles(inputs) <= GROUP else "wide"
+    return PLANS[kernel, width]
+
+
+def ranges(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Programs, ranges of rows, and steps of a range of `differentiate_weight`."""
+    cut = plan("weight", inputs, dtype)
+    programs = triton.cdiv(outputs, cut.outputs) * triton.cdiv(tiles(inputs), GROUP)
+    steps = triton.cdiv(rows, cut.rows)
+    steps = triton.cdiv(steps, min(steps, max(1, PROGRAMS // programs)))
+    return programs, triton.cdiv(rows, steps * cut.rows), steps
+
+
+def constants(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """The `tl.constexpr` arguments of a kernel that follow from sizes and the dtype of the product."""
+    shape: dict[str, int | str] = {"IN": inputs, "OUT": outputs}
+    if kernel == "pack":
+        return {**shape, "WIDTH": tiles(inputs) * TILE, "LANES": triton.next_power_of_2(tiles(inputs) * TILE)}
+    cut = plan(kernel, inputs, dtype)
+    count = min(GROUP, tiles(inputs)) if kernel == "weight" else tiles(inputs)
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"  # which says nothing for bfloat16
+    return {
+        **shape, "TILES": count, "TILE": TILE, "ROWS": cut.rows, "STEP": cut.outputs, "PRECISION": precision
+    }  # fmt: skip
+
+
+def _launch(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, int | str]:
+    cut = plan(kernel, inputs, dtype)
+    return {**constants(kernel, inputs, outputs, dtype), "num_warps": cut.warps, "num_stages": cut.stages}
+
+
+def _pack(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    outputs, inputs = weight.shape
+    packed = torch.empty(height(outputs), tiles(inputs) * TILE, dtype=dtype, device=weight.device)
+    shift = torch.empty(height(outputs), dtype=torch.float32, device=weight.device)
+    present = {"NORM": gamma is not None, "BIAS": bias is not None}
+    weight, bias, gamma, beta = (weight if p is None else p.contiguous() for p in (weight, bias, gamma, beta))
+    pack_weight[(height(outputs),)](
+        weight, bias, gamma, beta, packed, shift,
+        **constants("pack", inputs, outputs, dtype), **present, num_warps=PACK_WARPS,
+    )  # fmt: skip
+    return packed, shift
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    scale: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """See `make_operator`."""
+    (rows, inputs), outputs = x.shape, len(weight)
+    cut = plan("multiply", inputs, dtype)
+    y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
+    present = {"NORM": gamma is not None, "RESIDUAL": residual is not None, "SKIP": skip is not None}
+    residual, skip = (y if t is None else t for t in (residual, skip))
+    with torch.cuda.device_of(x):
+        packed, shift = _pack(weight, bias, gamma, beta, dtype)
+        scale = shift if scale is None else scale.contiguous()
+        multiply_rows[(triton.cdiv(rows, cut.rows),)](
+            x, packed, shift, residual, skip, scale, y, rows, triton.cdiv(outputs, cut.outputs),
+            **_launch("multiply", inputs, outputs, dtype), **present, GELU=gelu,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    skip: Tensor | None,
+    scale: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `make_operator`."""
+    (rows, inputs), outputs = x.shape, len(weight)
+    cut = plan("differentiate", inputs, dtype)
+    programs = triton.cdiv(rows, cut.rows)
+    groups, count, steps = ranges(rows, inputs, outputs, dtype)
+    norm = {"NORM": gamma is not None}
+    grad_x = torch.empty_like(x)
+    grad_a = torch.empty(rows, outputs, dtype=dtype, device=x.device) if gelu else grad
+    grad_skip = None if skip is None else torch.empty_like(skip)
+    part_scale = x.new_empty(0 if skip is None else programs, outputs, dtype=torch.float32)
+    statistics = x.new_empty(2, 0 if gamma is None else rows, dtype=torch.float32)
+    parts = x.new_empty(count, outputs, inputs + 1, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        packed, shift = _pack(weight, bias, gamma, beta, dtype)
+        skips = (shift, grad, grad) if skip is None or scale is None else (scale.contiguous(), skip, grad_skip)
+        differentiate_rows[(programs,)](
+            grad, x, packed, shift, *skips, grad_x, grad_a, part_scale, statistics,
+            rows, triton.cdiv(outputs, cut.outputs),
+            **_launch("differentiate", inputs, outputs, dtype), **norm, GELU=gelu, SKIP=skip is not None,
+        )  # fmt: skip
+        differentiate_weight[groups, count](
+            grad_a, x, statistics, packed, parts, rows, steps, **_launch("weight", inputs, outputs, dtype), **norm
+        )
+    sums = parts.sum(0)
+    grad_weight, grad_bias = sums[:, :-1], sums[:, -1]
+    grad_gamma = grad_beta = None
+    if gamma is not None and beta is not None:
+        grad_gamma = (weight * grad_weight).sum(0).to(gamma.dtype)
+        grad_beta = (weight * grad_bias[:, None]).sum(0).to(beta.dtype)
+        grad_weight = grad_weight * gamma + grad_bias[:, None] * beta
+    return (
+        grad_x,
+        grad_weight.to(weight.dtype).contiguous(),
+        None if bias is None else grad_bias.to(bias.dtype).contiguous(),
+        grad_gamma,
+        grad_beta,
+        grad_skip,
+        None if scale is None else part_scale.sum(0).to(scale.dtype),
+    )
+
+
+_operator = make_operator("linear_triton", forward, backward)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    skip: Tensor | None,
+    scale: Tensor | None,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `mambair_ds.kernels.linear.linear`; `dtype` is that of the product."""
+    compute = _operator if weight.shape[1] <= LARGEST else reference.linear
+    return compute(x, weight, bias, gamma, beta, residual, skip, scale, gelu, dtype)
