@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mambair_ds.config import NetworkConfig
 from mambair_ds.kernels.philox import NoiseKey
-from mambair_ds.models.attention import WindowAttention, relative_position_index
-from mambair_ds.models.layout import convolve, from_windows, to_windows
+from mambair_ds.kernels.window_attention.reference import relative_position_index
+from mambair_ds.models.attention import WindowAttention
+from mambair_ds.models.layout import convolve
 from mambair_ds.models.state_space import AttentiveStateSpace
 
 _HEAD_WIDTH = 64  # channels of the pixelshuffle and nearest+conv heads
@@ -156,7 +157,6 @@ class AttentiveLayer(nn.Module):
     ) -> None:
         super().__init__()
         dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-        self.window_size, self.shifted = config.window_size, shifted
         self.scale1 = nn.Parameter(torch.full((dim,), 1e-4))
         self.scale2 = nn.Parameter(torch.full((dim,), 1e-4))
         self.norm1 = nn.LayerNorm(dim)
@@ -174,21 +174,12 @@ class AttentiveLayer(nn.Module):
         nn.init.uniform_(self.embeddingA.weight, -1 / config.inner_rank, 1 / config.inner_rank)
 
     def forward(self, x: Tensor, noise: NoiseKey | None) -> Tensor:
-        y = self._attend(self.norm1(x)) + x
+        y = self.win_mhsa(self.wqkv(self.norm1(x))) + x
         y = self.convffn1(self.norm2(y)) + y
         x = self.scale1 * x + y
         z = self.assm(self.norm3(x), self.embeddingA.weight, noise) + x
         z = self.convffn2(self.norm4(z)) + z
         return self.scale2 * x + z
-
-    def _attend(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        size, shift = self.window_size, self.window_size // 2
-        if self.shifted:
-            x = x.roll((-shift, -shift), (1, 2))
-        x = self.win_mhsa(self.wqkv(to_windows(x, size)), height // size, width // size)
-        x = from_windows(x, size, height, width)
-        return x.roll((shift, shift), (1, 2)) if self.shifted else x
 
 
 def pad_to_windows(x: Tensor, size: int) -> Tensor:

@@ -3,26 +3,19 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mambair_ds.models.attention import WindowAttention, relative_position_index, seam_masks, window_kinds
+from mambair_ds.kernels.window_attention.reference import relative_position_index
+from mambair_ds.models.attention import WindowAttention
 from mambair_ds.models.feedforward import ConvFFN, GatedMLP
-from mambair_ds.models.layout import from_windows, to_windows
 from mambair_ds.models.state_space import AttentiveStateSpace, Router, SelectiveScan
 
 
 def _same(a, b, atol=1e-6):
     np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=0, atol=atol)
-
-
-def test_windows_there_and_back():
-    x = torch.arange(2 * 6 * 9 * 5).view(2, 6, 9, 5)
-    windows = to_windows(x, 3)
-    assert windows.shape == (12, 9, 5)
-    assert torch.equal(windows[4].view(3, 3, 5), x[0, 3:6, 3:6])  # second row, second column of the first picture
-    assert torch.equal(from_windows(windows, 3, 6, 9), x)
 
 
 def test_relative_position_index():
@@ -34,6 +27,13 @@ def test_relative_position_index():
     assert rpi.min() == 0 and rpi.max() == (2 * w - 1) ** 2 - 1
 
 
+def _cut(x, w):
+    """(B, H, W, C) into windows (B·H/w·W/w, w², C), row by row."""
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // w, w, width // w, w, channels)
+    return x.transpose(2, 3).reshape(-1, w * w, channels)
+
+
 def _swin_mask(height, width, w):
     """The nine regions that a roll by half a window brings together, and -100 between them, window by window."""
     regions = torch.zeros(1, height, width, 1)
@@ -41,31 +41,28 @@ def _swin_mask(height, width, w):
     for i, rows in enumerate(cuts):
         for j, columns in enumerate(cuts):
             regions[:, rows, columns] = 3 * i + j
-    regions = to_windows(regions, w)[..., 0]
+    regions = _cut(regions, w)[..., 0]
     return -100.0 * (regions[:, :, None] != regions[:, None])
 
 
-def test_seam_masks_keep_the_nine_regions_apart():
-    for rows, columns in [(1, 1), (1, 3), (3, 1), (2, 4)]:
-        kinds = window_kinds(rows, columns, torch.device("cpu"))
-        assert torch.equal(seam_masks(4, torch.device("cpu"))[kinds], _swin_mask(4 * rows, 4 * columns, 4))
-
-
-def test_window_attention_with_bias_table_and_mask():
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_window_attention_with_bias_table_shift_and_mask(shifted, rows, columns):
     torch.manual_seed(0)
-    w, heads, dim, rows, columns = 4, 3, 15, 2, 3
-    for shifted in (False, True):
-        attention = WindowAttention(dim, w, heads, shifted)
-        nn.init.normal_(attention.relative_position_bias_table)
-        qkv = torch.randn(2 * rows * columns, w * w, 3 * dim)
-        rpi = relative_position_index(w)
-        q, k, v = qkv.view(-1, w * w, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
-        logits = q @ k.transpose(-1, -2) * (dim // heads) ** -0.5
-        logits = logits + attention.relative_position_bias_table[rpi].permute(2, 0, 1)
-        if shifted:
-            logits = logits + _swin_mask(rows * w, columns * w, w).repeat(2, 1, 1)[:, None]
-        y = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        _same(attention(qkv, rows, columns), y, atol=2e-6)
+    w, heads, dim = 4, 3, 15
+    attention = WindowAttention(dim, w, heads, shifted)
+    nn.init.normal_(attention.relative_position_bias_table)
+    qkv = torch.randn(2, rows * w, columns * w, 3 * dim)
+    rpi = relative_position_index(w)
+    windows = _cut(qkv.roll((-2, -2), (1, 2)) if shifted else qkv, w)
+    q, k, v = windows.view(-1, w * w, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+    logits = q @ k.transpose(-1, -2) * (dim // heads) ** -0.5
+    logits = logits + attention.relative_position_bias_table[rpi].permute(2, 0, 1)
+    if shifted:
+        logits = logits + _swin_mask(rows * w, columns * w, w).repeat(2, 1, 1)[:, None]
+    y = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    out = attention(qkv)
+    _same(_cut(out.roll((-2, -2), (1, 2)) if shifted else out, w), y, atol=2e-6)
 
 
 def test_conv_ffn():
@@ -86,20 +83,20 @@ def test_gated_mlp():
     _same(block(x), block.fc2(x1 * x2))
 
 
-def test_router_logits():
+def test_router_scores():
     torch.manual_seed(0)
     router = Router(12, 5)
     x = torch.randn(2, 9, 12)
     scores = F.linear(x, router[0].weight, router[0].bias)
     scores = 0.5 * scores * (1 + torch.erf(scores / math.sqrt(2)))
     scores = F.linear(scores, router[2].weight, router[2].bias)
-    _same(router(x), scores - torch.logsumexp(scores, -1, keepdim=True))
-    assert torch.equal(router.decide(router(x)), scores.argmax(-1))
+    _same(router(x), scores)
+    assert torch.equal(router.decide(router(x), None), scores.argmax(-1))
 
 
 def test_of_equal_classes_the_first_is_chosen():
     router = Router(3, 4)
-    assert router.decide(torch.tensor([[[0.0, 2.0, 2.0, 1.0], [5.0, 1.0, 1.0, 5.0]]])).tolist() == [[1, 0]]
+    assert router.decide(torch.tensor([[[0.0, 2.0, 2.0, 1.0], [5.0, 1.0, 1.0, 5.0]]]), None).tolist() == [[1, 0]]
 
 
 def test_selective_scan_parameters_against_the_recurrence():
