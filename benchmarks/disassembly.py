@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +89,8 @@ class Case:
     """Units of a thread none of whose lanes idles."""
     arithmetic: float
     """Floating-point and special instructions that a thread cannot do without for one unit."""
-    trips: tuple[int, ...]
-    """How often each loop runs, within one run of the loop around it; in order of their first instructions."""
+    trips: tuple[float, ...]
+    """How often each loop runs on average, within one run of the loop around it; in order of their first instructions."""
     bytes: int
     """Bytes the grid must read and write, each once."""
     matrix: int = 0
@@ -184,7 +184,7 @@ def compile_kernel(case: Case, capability: int) -> Compiled:
     return Compiled(registers, stack, compiled.metadata.shared, code)
 
 
-def count(code: str, trips: tuple[int, ...]) -> Counter[str]:
+def count(code: str, trips: tuple[float, ...]) -> dict[str, float]:
     """The instructions a thread executes, by kind, if its loops, found by their backward branches, run `trips` times.
 
     Raises:
@@ -205,9 +205,9 @@ def count(code: str, trips: tuple[int, ...]) -> Counter[str]:
     if len(loops) != len(trips):
         raise ValueError(f"the code has {len(loops)} loops, expected {len(trips)}: {sorted(loops.items())}")
     kinds = {name: kind for kind, members in KINDS.items() for name in members}
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     for i, name in enumerate(names):
-        weight = 1
+        weight = 1.0
         for (start, end), trip in zip(sorted(loops.items()), trips, strict=True):
             weight *= trip if start <= i <= end else 1
         if name != "NOP":
@@ -235,7 +235,7 @@ def measure(case: Case, shape: str, capability: int) -> Cost:
         compiled.shared,
         case.unit,
         {kind: number / case.units_per_thread for kind, number in counts.items()},
-        issue_ms=counts.total() * warps / ISSUE_RATE * 1e3,
+        issue_ms=sum(counts.values()) * warps / ISSUE_RATE * 1e3,
         special_ms=counts["special"] * warps / SPECIAL_RATE * 1e3,
         matrix_ms=case.matrix / MATRIX_RATE * 1e3,
         bytes_ms=case.bytes / BANDWIDTH * 1e3,

@@ -5,49 +5,69 @@ from triton import cdiv
 
 from mambair_ds.kernels.depthwise_conv import triton as conv
 
-GELU, SIGMOID = 14, 4
-"""Instructions of the activations, and about as many of their derivatives once these are there."""
+GELU, SLOPE, SIGMOID = 10, 12, 5
+"""Instructions of the activations and of GELU's derivative, as short as we know them."""
+
+
+def walk(side: int, k: int, tile: dict) -> tuple[float, float]:
+    """How often a program's two loops run: without masks and with them, averaged over the tiles of a picture."""
+    rows, columns, steps, half = tile["ROWS"], tile["COLUMNS"], tile["STEPS"], k // 2
+    groups = left = 0
+    for row in range(0, side, rows):
+        end = min(row + rows, side)
+        for column in range(0, side, columns):
+            inner = half <= column and column + columns + half <= side
+            fast = max(min(end, side - half) - row, 0) // steps if inner else 0
+            groups, left = groups + fast, left + end - row - fast * steps
+    tiles = conv.tiles(side, side, tile)
+    return groups / tiles, left / tiles
 
 
 def cases(shape: Shape, dtype: str) -> list[Case]:
     """The feed-forward block's 5×5 (after a gate in the Light model) and the state space module's 3×3 convolution."""
     activations = {"x", "other", "y", "grad", "gate", "grad_c", "extra"}
-    integers = {"height", "width", "channels", "x_stride", "other_stride", "gate_stride"}
+    integers = {"batch", "height", "width"}
     wide = 2 if dtype == "bf16" else 4
-    # What follows the convolution, its arithmetic, and how many activations each kernel reads and writes.
+    # What follows the convolution, channels, how far positions of the gate or the added tensor are apart, the
+    # arithmetic of what follows, and how many activations each kernel reads and writes.
     if shape.gated:
         d = shape.hidden // 2
         uses = [
-            (conv.convolve_tiles, 5, "gate", d, 1, 3),
-            (conv.convolve_tiles, 5, "none", d, 0, 2),
-            (conv.differentiate_tiles, 5, "gate", d, 2, 5),
+            (conv.convolve_tiles, 5, "gate", d, 2 * d, 1, 3),
+            (conv.convolve_tiles, 5, "none", d, 0, 0, 2),
+            (conv.differentiate_tiles, 5, "gate", d, 2 * d, 3, 5),
         ]
     else:
         d = shape.hidden
         uses = [
-            (conv.convolve_tiles, 5, "gelu_residual", d, GELU + 1, 2),
-            (conv.convolve_tiles, 5, "add", d, 1, 3),
-            (conv.differentiate_tiles, 5, "gelu_residual", d, GELU + 3, 3),
+            (conv.convolve_tiles, 5, "gelu_residual", d, 0, GELU + 1, 2),
+            (conv.convolve_tiles, 5, "add", d, d, 1, 3),
+            (conv.differentiate_tiles, 5, "gelu_residual", d, 0, SLOPE + 2, 3),
         ]
+    d = shape.hidden
     uses += [
-        (conv.convolve_tiles, 3, "sigmoid_gate", shape.hidden, SIGMOID + 1, 2),
-        (conv.convolve_tiles, 3, "add", shape.hidden, 1, 3),
-        (conv.differentiate_tiles, 3, "sigmoid_gate", shape.hidden, SIGMOID + 4, 4),
+        (conv.convolve_tiles, 3, "sigmoid_gate", d, 0, SIGMOID + 1, 2),
+        (conv.convolve_tiles, 3, "add", d, d, 1, 3),
+        (conv.differentiate_tiles, 3, "sigmoid_gate", d, 0, SIGMOID + 5, 4),
     ]
     result = []
-    for kernel, k, epilogue, d, extra, tensors in uses:
+    for kernel, k, epilogue, d, stride, extra, tensors in uses:
         which = kernel.__name__.removesuffix("_tiles")
-        constants = conv.constants(which, k, epilogue)
-        rows, columns = conv.TILES[which]
-        programs = shape.batch * cdiv(shape.side, rows) * cdiv(shape.side, columns) * cdiv(d, conv.WIDTH)
+        tile = conv.constants(which, k, epilogue)
+        second = "other_stride" if which == "convolve" else "gate_stride"
+        constants = {**tile, "channels": d, "x_stride": d, second: stride}
+        programs = conv.tiles(shape.side, shape.side, tile) * cdiv(shape.batch * d, tile["WIDTH"])
         types = {x: f"*{dtype}" if x in activations else "i32" if x in integers else "*fp32" for x in kernel.arg_names}
         outputs = shape.batch * shape.length * d
+        rows = shape.side / cdiv(shape.side, tile["ROWS"])
+        columns = shape.side / cdiv(shape.side, tile["COLUMNS"])
         arithmetic = (2 if which == "differentiate" else 1) * k * k + extra
         name = f"{kernel.__name__} {k}×{k} {epilogue}"
         result.append(
             Case(
-                kernel, name, types, constants, conv.WARPS,
-                programs, "output", outputs, rows * columns * conv.WIDTH / (32 * conv.WARPS), arithmetic, (rows,), tensors * outputs * wide,
+                kernel, name, types, constants, conv.WARPS, programs,
+                "output", outputs, rows * columns * tile["WIDTH"] / (32 * conv.WARPS), arithmetic,
+                walk(shape.side, k, tile), tensors * outputs * wide,
             )
         )  # fmt: skip
     return result

@@ -1,12 +1,14 @@
-"""The depthwise convolution on GPUs: a warp walks down a strip of the picture, a channel in each lane.
+"""The depthwise convolution on GPUs: a warp walks down a strip of the picture, channels of samples in its lanes.
 
-A program has `WIDTH` channels, and the ROWS and COLUMNS that `TILES` says. The rows of the picture that the kernel
-covers, and the kernel itself, lie in registers, and every step down loads one row more: an output takes k²
-multiply-adds and (COLUMNS + k - 1) / COLUMNS loads, where a thread for each output would take k². Loads ask for each
-position inside the picture, so no size need be a multiple of anything.
+A program has `ROWS` and `COLUMNS` of the picture and `WIDTH` of the B·C channels of all samples together, so that a
+few channels waste no lanes. The rows that the kernel covers, and the kernel itself, lie in registers, and every step
+down loads one row more: an output takes k² multiply-adds and (COLUMNS + k - 1) / COLUMNS loads, where a thread for
+each output would take k². Two loops walk: one over k rows at a time, after which the registers of the window are where
+they were, without a mask; then one over single rows that asks for each position whether it is in the picture. The
+second walks what lies at the left, right and lower border; no size need be a multiple of anything.
 
 Sums are float32. There are no atomics: each program's part of the gradients of kernel and bias goes to its own place
-and is added up in a fixed order, so two runs agree to the bit.
+and is added up in a fixed order, so two runs agree to the bit. docs/kernels.md counts it all.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
@@ -19,9 +21,6 @@ from torch import Tensor
 
 from mambair_ds.kernels.depthwise_conv.operator import make_operator
 
-TILES = {"convolve": (16, 4), "differentiate": (32, 2)}
-"""Rows and columns of a program; with 4 columns, `differentiate_tiles` spills registers on sm_100."""
-WIDTH = 32
 WARPS = 1
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,58 +28,96 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _gelu(x):
-    """As the CPU's: GELU and its derivative, Φ from φ times a polynomial fitted to Mills' ratio."""
-    density = tl.exp2(x * x * (-0.5 * LOG2E))
-    t = 1.0 / (1.0 + 0.24 * tl.abs(x))
-    p = -0.0529172495 * t + 0.1517656446
-    p = p * t - 0.0626010746
-    p = p * t + 0.1142163277
-    p = p * t + 0.0663544238
-    p = p * t + 0.0916993693
-    p = p * t + 0.0957460776
-    p = p * t + 0.0957363620
-    tail = density * p * t
-    phi = tl.where(x >= 0, 1.0 - tail, tail)
-    return x * phi, phi + x * density * 0.3989422804014327
+    """max(x, 0) - |x| Φ(-|x|), with log2 Φ(-|x|) a polynomial: within 2e-7, and 2e-6 of the result above -3."""
+    t = tl.abs(x)
+    p = -8.719965527729255e-07 * t + 4.573650984428112e-05
+    p = p * t - 0.0008342686249017471
+    p = p * t + 0.008232910358883867
+    p = p * t - 0.05357728363583862
+    p = p * t - 0.4587008718677758
+    p = p * t - 1.1512044252996487
+    p = p * t - 0.9999951154578158
+    return tl.maximum(x, 0.0) - t * tl.exp2(p)
+
+
+@triton.jit
+def _gelu_slope(x):
+    """GELU's derivative within 2e-7: h below 0, 1 - h above, where h / (0.75.. - |x|) is 2 to the power of a polynomial.
+
+    h(t) = Φ(-t) - t φ(t) is 0 at 0.75...
+    """
+    t = tl.abs(x)
+    p = -1.9199096979011044e-05 * t + 0.00034553037965406115
+    p = p * t - 0.0028440558493377736
+    p = p * t + 0.014655694467394901
+    p = p * t - 0.0547286983067037
+    p = p * t - 0.5607138877845187
+    p = p * t - 0.38318490157846274
+    p = p * t - 0.5884047808049608
+    h = (0.7517915246935644 - t) * tl.exp2(p)
+    return tl.where(x >= 0, 1.0 - h, h)
 
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2E))  # a division would take more instructions
+    return root * root
 
 
 @triton.jit
-def _place(height, width, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """What this program works on: a sample, a first row, a first column, channels and which of them exist."""
-    blocks = tl.cdiv(channels, WIDTH)
-    d = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
+def _place(
+    batch, height, width,
+    channels: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What this program works on: every lane's sample, channel and whether they exist; a first row and column.
+
+    Lanes that do not exist have another sample: loads need no mask, only stores do.
+    """
+    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    sample = tl.minimum(lane // channels, batch - 1).to(tl.int64)
     strips = tl.cdiv(width, COLUMNS)
-    tile = tl.program_id(0) // blocks
-    return tl.program_id(1).to(tl.int64), tile // strips * ROWS, tile % strips * COLUMNS, d, d < channels
+    row, column = tl.program_id(0) // strips * ROWS, tl.program_id(0) % strips * COLUMNS
+    return sample, lane % channels, lane < batch * channels, row, column
 
 
 @triton.jit
-def _load(pointer, mask):
-    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+def _load(pointer, inside, MASKED: tl.constexpr):
+    return (tl.load(pointer, mask=inside, other=0.0) if MASKED else tl.load(pointer)).to(tl.float32)
 
 
 @triton.jit
-def _load_row(x, y, first, stride, height, width, d, in_d, COUNT: tl.constexpr):
-    """COUNT positions of row y from column `first` on, zeros outside the picture. Positions are `stride` apart."""
+def _load_row(x, inside, column, width, stride: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """COUNT positions from x on, the first at `column`; if MASKED, zeros for a row or a column outside the picture."""
     row = ()
     for j in tl.static_range(COUNT):
-        column = first + j
-        inside = in_d & (y >= 0) & (y < height) & (column >= 0) & (column < width)
-        row = row + (_load(x + (y * width + column) * stride + d, inside),)
+        row = row + (_load(x + j * stride, inside & (column + j >= 0) & (column + j < width), MASKED),)
     return row
 
 
 @triton.jit
-def _load_kernel(kernel, channels, d, in_d, K: tl.constexpr):
+def _load_window(x, lane, row, column, height, width, stride: tl.constexpr, K: tl.constexpr, COUNT: tl.constexpr):
+    """The K - 1 rows from `row` on, each COUNT positions from `column` on; x is at the first of them."""
+    window = ()
+    for a in tl.static_range(K - 1):
+        inside = (row + a >= 0) & (row + a < height)
+        window = window + _load_row(x + lane, inside, column, width, stride, COUNT, True)
+        x += width * stride
+    return window
+
+
+@triton.jit
+def _load_kernel(kernel, channels: tl.constexpr, K: tl.constexpr):
     taps = ()
     for i in tl.static_range(K * K):
-        taps = taps + (_load(kernel + i * channels + d, in_d),)
+        taps = taps + (tl.load(kernel + i * channels),)
     return taps
+
+
+@triton.jit
+def _unmasked(row, end, column, height, width, K: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
+    """How often K rows can be walked from `row` on without touching the left, right or lower border."""
+    across = (column >= K // 2) & (column + COLUMNS + K // 2 <= width)
+    return tl.where(across, tl.maximum(tl.minimum(end, height - K // 2) - row, 0) // STEPS, 0)
 
 
 @triton.jit
@@ -89,103 +126,166 @@ def _dot(window, j: tl.constexpr, taps, total, K: tl.constexpr):
     SPAN: tl.constexpr = len(window) // K
     for a in tl.static_range(K):
         for b in tl.static_range(K):
-            total += taps[a * K + b] * window[a * SPAN + j + b]
+            total = tl.fma(taps[a * K + b], window[a * SPAN + j + b], total)
     return total
 
 
 @triton.jit
+def _convolve_row(
+    rows, taps, shift, other, y, left, exists, channels: tl.constexpr, other_stride: tl.constexpr,
+    K: tl.constexpr, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Store one row of y, of which `left` columns are left in the picture."""
+    SPAN: tl.constexpr = COLUMNS + K - 1
+    for j in tl.static_range(COLUMNS):
+        c = _dot(rows, j, taps, shift, K)
+        center = rows[K // 2 * SPAN + j + K // 2]
+        if EPILOGUE == "gelu_residual":
+            c = center + _gelu(c)
+        elif EPILOGUE == "sigmoid_gate":
+            c = center * _sigmoid(c)
+        elif EPILOGUE == "gate":
+            c = c * _load(other + j * other_stride, j < left, MASKED)
+        elif EPILOGUE == "add":
+            c = c + _load(other + j * other_stride, j < left, MASKED)
+        tl.store(y + j * channels, c.to(y.dtype.element_ty), mask=exists & (j < left) if MASKED else exists)
+
+
+@triton.jit
 def convolve_tiles(
-    x, kernel, bias, other, y, height, width, channels, x_stride, other_stride,
-    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    x, kernel, bias, other, y, batch, height, width,
+    channels: tl.constexpr, x_stride: tl.constexpr, other_stride: tl.constexpr,
+    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """y, (B, H, W, C), of x and other, whose positions are `x_stride` and `other_stride` elements apart."""
-    sample, row, column, d, in_d = _place(height, width, channels, ROWS, COLUMNS, WIDTH)
-    x += sample * height * width * x_stride
-    other += sample * height * width * other_stride
-    y += sample * height * width * channels
-    taps = _load_kernel(kernel, channels, d, in_d, K)
-    shift = _load(bias + d, in_d)
+    sample, d, exists, row, column = _place(batch, height, width, channels, ROWS, COLUMNS, WIDTH)
+    taps = _load_kernel(kernel + d, channels, K)
+    shift = tl.load(bias + d)
     SPAN: tl.constexpr = COLUMNS + K - 1
-    window = ()
-    for a in tl.static_range(K - 1):
-        window = window + _load_row(x, row + a - K // 2, column - K // 2, x_stride, height, width, d, in_d, SPAN)
-    for i in range(row, tl.minimum(row + ROWS, height)):
-        rows = window + _load_row(x, i + K // 2, column - K // 2, x_stride, height, width, d, in_d, SPAN)
-        for j in tl.static_range(COLUMNS):
-            c = _dot(rows, j, taps, shift, K)
-            inside = in_d & (column + j < width)
-            center = rows[K // 2 * SPAN + j + K // 2]
-            place = i * width + column + j
-            if EPILOGUE == "gelu_residual":
-                value, _ = _gelu(c)
-                c = center + value
-            elif EPILOGUE == "sigmoid_gate":
-                c = center * _sigmoid(c)
-            elif EPILOGUE == "gate":
-                c = c * _load(other + place * other_stride + d, inside)
-            elif EPILOGUE == "add":
-                c = c + _load(other + place * other_stride + d, inside)
-            tl.store(y + place * channels + d, c.to(y.dtype.element_ty), mask=inside)
+    HALF: tl.constexpr = K // 2
+    size, start = sample * height * width, row.to(tl.int64) * width + column
+    x_lane, other_lane, y_lane = size * x_stride + d, size * other_stride + d, size * channels + d
+    x += (start - HALF * width - HALF) * x_stride
+    other += start * other_stride
+    y += start * channels
+    window = _load_window(x, x_lane, row - HALF, column - HALF, height, width, x_stride, K, SPAN)
+    x += (K - 1) * width * x_stride
+    end = tl.minimum(row + ROWS, height)
+    groups = _unmasked(row, end, column, height, width, K, COLUMNS, STEPS)
+    for _ in range(groups):
+        for _a in tl.static_range(STEPS):
+            rows = window + _load_row(x + x_lane, True, column, width, x_stride, SPAN, False)
+            _convolve_row(
+                rows, taps, shift, other + other_lane, y + y_lane, COLUMNS, exists, channels, other_stride,
+                K, EPILOGUE, COLUMNS, False,
+            )  # fmt: skip
+            window = rows[SPAN:]
+            x += width * x_stride
+            other += width * other_stride
+            y += width * channels
+    for i in range(row + groups * STEPS, end):
+        rows = window + _load_row(x + x_lane, i + HALF < height, column - HALF, width, x_stride, SPAN, True)
+        _convolve_row(
+            rows, taps, shift, other + other_lane, y + y_lane, width - column, exists, channels, other_stride,
+            K, EPILOGUE, COLUMNS, True,
+        )  # fmt: skip
         window = rows[SPAN:]
+        x += width * x_stride
+        other += width * other_stride
+        y += width * channels
+
+
+@triton.jit
+def _differentiate_row(
+    rows, taps, shift, total, sums, grad, gate, grad_c, extra, left, exists,
+    channels: tl.constexpr, gate_stride: tl.constexpr,
+    K: tl.constexpr, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Store one row of grad_c and extra; the sums of the gradients of bias and kernel with this row's."""
+    SPAN: tl.constexpr = COLUMNS + K - 1
+    for j in tl.static_range(COLUMNS):
+        inside = exists & (j < left) if MASKED else exists
+        g = _load(grad + j * channels, j < left, MASKED)
+        if EPILOGUE != "none":
+            c = _dot(rows, j, taps, shift, K)
+            if EPILOGUE == "gelu_residual":
+                g = g * _gelu_slope(c)
+            elif EPILOGUE == "sigmoid_gate":
+                s = _sigmoid(c)
+                c = g * s
+                g = c * (rows[K // 2 * SPAN + j + K // 2] * (1.0 - s))
+            elif EPILOGUE == "gate":
+                c = g * c
+                g = g * _load(gate + j * gate_stride, j < left, MASKED)
+            if EPILOGUE != "gelu_residual":
+                tl.store(extra + j * channels, c.to(extra.dtype.element_ty), mask=inside)
+            tl.store(grad_c + j * channels, g.to(grad_c.dtype.element_ty), mask=inside)
+        total += g
+        new_sums = ()
+        for a in tl.static_range(K):
+            for b in tl.static_range(K):
+                new_sums = new_sums + (tl.fma(g, rows[a * SPAN + j + b], sums[a * K + b]),)
+        sums = new_sums
+    return total, sums
 
 
 @triton.jit
 def differentiate_tiles(
-    grad, x, kernel, bias, gate, grad_c, extra, part_kernel, part_bias,
-    height, width, channels, x_stride, gate_stride,
-    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    grad, x, kernel, bias, gate, grad_c, extra, part_kernel, part_bias, batch, height, width,
+    channels: tl.constexpr, x_stride: tl.constexpr, gate_stride: tl.constexpr,
+    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of c, what else needs c, and this tile's part of the gradients of kernel and bias.
 
     `part_kernel` is (B, tiles, K², C), `part_bias` (B, tiles, C), in float32.
     """
-    sample, row, column, d, in_d = _place(height, width, channels, ROWS, COLUMNS, WIDTH)
-    grad += sample * height * width * channels
-    x += sample * height * width * x_stride
-    gate += sample * height * width * gate_stride
-    grad_c += sample * height * width * channels
-    extra += sample * height * width * channels
-    taps = _load_kernel(kernel, channels, d, in_d, K)
-    shift = _load(bias + d, in_d)
+    sample, d, exists, row, column = _place(batch, height, width, channels, ROWS, COLUMNS, WIDTH)
+    taps = _load_kernel(kernel + d, channels, K)
+    shift = tl.load(bias + d)
     SPAN: tl.constexpr = COLUMNS + K - 1
-    zero = tl.zeros((WIDTH,), tl.float32)
-    total = zero
-    sums = (zero,) * (K * K)
-    window = ()
-    for a in tl.static_range(K - 1):
-        window = window + _load_row(x, row + a - K // 2, column - K // 2, x_stride, height, width, d, in_d, SPAN)
-    for i in range(row, tl.minimum(row + ROWS, height)):
-        rows = window + _load_row(x, i + K // 2, column - K // 2, x_stride, height, width, d, in_d, SPAN)
-        for j in tl.static_range(COLUMNS):
-            inside = in_d & (column + j < width)
-            place = i * width + column + j
-            g = _load(grad + place * channels + d, inside)
-            if EPILOGUE != "none":
-                c = _dot(rows, j, taps, shift, K)
-                if EPILOGUE == "gelu_residual":
-                    _, slope = _gelu(c)
-                    g = g * slope
-                elif EPILOGUE == "sigmoid_gate":
-                    s = _sigmoid(c)
-                    c = g * s
-                    g = c * rows[K // 2 * SPAN + j + K // 2] * (1.0 - s)
-                elif EPILOGUE == "gate":
-                    c = g * c
-                    g = g * _load(gate + place * gate_stride + d, inside)
-                if EPILOGUE != "gelu_residual":
-                    tl.store(extra + place * channels + d, c.to(extra.dtype.element_ty), mask=inside)
-                tl.store(grad_c + place * channels + d, g.to(grad_c.dtype.element_ty), mask=inside)
-            total += g
-            new_sums = ()
-            for a in tl.static_range(K):
-                for b in tl.static_range(K):
-                    new_sums = new_sums + (sums[a * K + b] + g * rows[a * SPAN + j + b],)
-            sums = new_sums
+    HALF: tl.constexpr = K // 2
+    size, start = sample * height * width, row.to(tl.int64) * width + column
+    lane, x_lane, gate_lane = size * channels + d, size * x_stride + d, size * gate_stride + d
+    x += (start - HALF * width - HALF) * x_stride
+    gate += start * gate_stride
+    grad += start * channels
+    grad_c += start * channels
+    extra += start * channels
+    total = tl.zeros((WIDTH,), tl.float32)
+    sums = (total,) * (K * K)
+    window = _load_window(x, x_lane, row - HALF, column - HALF, height, width, x_stride, K, SPAN)
+    x += (K - 1) * width * x_stride
+    end = tl.minimum(row + ROWS, height)
+    groups = _unmasked(row, end, column, height, width, K, COLUMNS, STEPS)
+    for _ in range(groups):
+        for _a in tl.static_range(STEPS):
+            rows = window + _load_row(x + x_lane, True, column, width, x_stride, SPAN, False)
+            total, sums = _differentiate_row(
+                rows, taps, shift, total, sums, grad + lane, gate + gate_lane, grad_c + lane, extra + lane, COLUMNS,
+                exists, channels, gate_stride, K, EPILOGUE, COLUMNS, False,
+            )  # fmt: skip
+            window = rows[SPAN:]
+            x += width * x_stride
+            gate += width * gate_stride
+            grad += width * channels
+            grad_c += width * channels
+            extra += width * channels
+    for i in range(row + groups * STEPS, end):
+        rows = window + _load_row(x + x_lane, i + HALF < height, column - HALF, width, x_stride, SPAN, True)
+        total, sums = _differentiate_row(
+            rows, taps, shift, total, sums, grad + lane, gate + gate_lane, grad_c + lane, extra + lane, width - column,
+            exists, channels, gate_stride, K, EPILOGUE, COLUMNS, True,
+        )  # fmt: skip
         window = rows[SPAN:]
-    part = sample * (tl.num_programs(0) // tl.cdiv(channels, WIDTH)) + tl.program_id(0) // tl.cdiv(channels, WIDTH)
-    tl.store(part_bias + part * channels + d, total, mask=in_d)
+        x += width * x_stride
+        gate += width * gate_stride
+        grad += width * channels
+        grad_c += width * channels
+        extra += width * channels
+    part = sample * tl.num_programs(0) + tl.program_id(0)
+    tl.store(part_bias + part * channels + d, total, mask=exists)
     for i in tl.static_range(K * K):
-        tl.store(part_kernel + (part * (K * K) + i) * channels + d, sums[i], mask=in_d)
+        tl.store(part_kernel + (part * (K * K) + i) * channels + d, sums[i], mask=exists)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -195,19 +295,15 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return (x, stride) if x.stride() == spaced else (x.contiguous(), x.shape[3])
 
 
-def _tiles(x: Tensor, kernel: str) -> int:
-    rows, columns = TILES[kernel]
-    return triton.cdiv(x.shape[1], rows) * triton.cdiv(x.shape[2], columns)
-
-
-def _grid(x: Tensor, kernel: str) -> tuple[int, int]:
-    return _tiles(x, kernel) * triton.cdiv(x.shape[3], WIDTH), len(x)
-
-
 def constants(kernel: str, k: int, epilogue: str) -> dict[str, int | str]:
-    """The `tl.constexpr` arguments of the kernel "convolve" or "differentiate"."""
-    rows, columns = TILES[kernel]
-    return {"K": k, "EPILOGUE": epilogue, "ROWS": rows, "COLUMNS": columns, "WIDTH": WIDTH}
+    """The `tl.constexpr` arguments of the kernel "convolve" or "differentiate" besides channels and strides."""
+    tile = {"ROWS": 16, "WIDTH": 64} if kernel == "convolve" else {"ROWS": 32, "WIDTH": 32}
+    return {"K": k, "EPILOGUE": epilogue, **tile, "COLUMNS": 4, "STEPS": 2}
+
+
+def tiles(height: int, width: int, constants: dict) -> int:
+    """How many tiles a picture has."""
+    return triton.cdiv(height, constants["ROWS"]) * triton.cdiv(width, constants["COLUMNS"])
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor, other: Tensor | None, epilogue: str) -> Tensor:
@@ -215,10 +311,12 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor, other: Tensor | None, epil
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, x_stride = _rows(x)
     other, other_stride = (x, 0) if other is None else _rows(other)
-    sizes = (*x.shape[1:], x_stride, other_stride)
+    batch, height, width, channels = x.shape
+    tile = constants("convolve", len(kernel), epilogue)
+    grid = tiles(height, width, tile), triton.cdiv(batch * channels, tile["WIDTH"])
     with torch.cuda.device_of(x):
-        convolve_tiles[_grid(x, "convolve")](
-            x, kernel, bias, other, y, *sizes, **constants("convolve", len(kernel), epilogue), num_warps=WARPS
+        convolve_tiles[grid](
+            x, kernel, bias, other, y, batch, height, width, channels, x_stride, other_stride, **tile, num_warps=WARPS
         )
     return y
 
@@ -229,16 +327,17 @@ def differentiate(
     """The backward pass up to c; see `make_operator`."""
     grad_c = grad if epilogue == "none" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     extra = torch.empty_like(grad_c) if epilogue in ("sigmoid_gate", "gate") else None
-    parts = len(x), _tiles(x, "differentiate")
+    batch, height, width, channels = x.shape
+    tile = constants("differentiate", len(kernel), epilogue)
+    parts = batch, tiles(height, width, tile)
     part_kernel, part_bias = kernel.new_empty(*parts, *kernel.shape), kernel.new_empty(*parts, *bias.shape)
     grad = grad.contiguous()
     x, x_stride = _rows(x)
     gate, gate_stride = (x, 0) if gate is None else _rows(gate)
-    sizes = (*x.shape[1:], x_stride, gate_stride)
     with torch.cuda.device_of(x):
-        differentiate_tiles[_grid(x, "differentiate")](
+        differentiate_tiles[parts[1], triton.cdiv(batch * channels, tile["WIDTH"])](
             grad, x, kernel, bias, gate, grad_c, grad_c if extra is None else extra, part_kernel, part_bias,
-            *sizes, **constants("differentiate", len(kernel), epilogue), num_warps=WARPS,
+            batch, height, width, channels, x_stride, gate_stride, **tile, num_warps=WARPS,
         )  # fmt: skip
     return grad_c, extra, part_kernel.sum((0, 1)), part_bias.sum((0, 1))
 
