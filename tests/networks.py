@@ -66,8 +66,8 @@ def recorded_routes(model, inject=None):
     decided = []
 
     def recorder(layer, router):
-        def decide(logits):
-            decided.append(Router.decide(router, logits))
+        def decide(scores, noise):
+            decided.append(Router.decide(router, scores, noise))
             return decided[-1] if inject is None else inject[layer]
 
         return decide

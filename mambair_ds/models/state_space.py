@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambair_ds.kernels.philox import NoiseKey, gumbel
+from mambair_ds.kernels.philox import KeyedNoise, NoiseKey
 from mambair_ds.kernels.routing import choose_class, class_order, class_prompt
 from mambair_ds.kernels.selective_scan import selective_scan
 from mambair_ds.models.layout import convolve, convolve_depthwise
@@ -43,12 +43,11 @@ class AttentiveStateSpace(nn.Module):
 
     def forward(self, x: Tensor, embedding_a: Tensor, noise: NoiseKey | None) -> Tensor:
         """(B, H, W, dim) to the same; `embedding_a` is the layer's half of the prompt table, (inner_rank, d_state)."""
-        logits = self.route(x.flatten(1, 2))
-        if self.training:
-            logits = logits + self._gumbel(logits, noise)
-        index = self.route.decide(logits)
-        prompt = class_prompt(logits, self.embeddingB.weight @ embedding_a, index)
-        order, _ = class_order(index, logits.shape[-1])
+        scores = self.route(x.flatten(1, 2))
+        gumbel = self._gumbel(scores, noise)
+        index = self.route.decide(scores, gumbel)
+        prompt = class_prompt(scores, self.embeddingB.weight @ embedding_a, index, gumbel)
+        order, _ = class_order(index, scores.shape[-1])
 
         u = convolve(self.in_proj, x)
         u = convolve_depthwise(self.CPE[0], u, "sigmoid_gate")
@@ -56,26 +55,23 @@ class AttentiveStateSpace(nn.Module):
         y = self.selectiveScan(u.flatten(1, 2), prompt, order)
         return self.out_proj(self.out_norm(y)).view_as(x)
 
-    def _gumbel(self, logits: Tensor, noise: NoiseKey | None) -> Tensor:
+    def _gumbel(self, scores: Tensor, noise: NoiseKey | None) -> Tensor | KeyedNoise | None:
+        if not self.training:
+            return None
         if noise is None:  # the published draw, number for number
-            return -torch.empty_like(logits).exponential_().log()
-        return gumbel(noise, self.index, logits.shape, logits.device)
+            return -torch.empty_like(scores, dtype=torch.float32).exponential_().log()
+        return KeyedNoise(noise, self.index)
 
 
 class Router(nn.Sequential):
-    """Gives every token the log-probabilities of its classes, and decides on one."""
+    """Gives every token a score for each class, and decides on one."""
 
     def __init__(self, dim: int, num_tokens: int) -> None:
         super().__init__(nn.Linear(dim, dim // 3), nn.GELU(), nn.Linear(dim // 3, num_tokens))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, dim) to (B, n, num_tokens), float32 at least: rounding costs most here, as routing jumps."""
-        logits = super().forward(x)
-        return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-    def decide(self, logits: Tensor) -> Tensor:
-        """The class of every token, (B, n) int64, from its (noisy) logits. The only place where a class is chosen."""
-        return choose_class(logits)
+    def decide(self, scores: Tensor, noise: Tensor | KeyedNoise | None) -> Tensor:
+        """The class of every token, (B, n) int64. The only place where a class is chosen."""
+        return choose_class(scores, noise)
 
 
 class SelectiveScan(nn.Module):

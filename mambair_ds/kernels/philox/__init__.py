@@ -36,6 +36,28 @@ class NoiseKey:
     """(B,) int64, not negative: each sample's position in the run's global stream."""
 
 
+@dataclass(frozen=True)
+class KeyedNoise:
+    """Noise that an operator draws where it uses it, that of `gumbel(key, stream, ...)`, and never stores."""
+
+    key: NoiseKey
+    stream: int
+    """0 <= stream < 2^32; noise of different streams is independent."""
+
+
+def check_key(key: NoiseKey, stream: int, batch: int) -> None:
+    """Raise a ValueError if seed or stream are out of range or there is not one position for each of `batch`."""
+    if not 0 <= key.seed < 2**64:
+        raise ValueError(f"philox: seed is {key.seed}, expected 0 <= seed < 2^64")
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"philox: stream is {stream}, expected 0 <= stream < 2^32")
+    if key.positions.dtype != torch.int64 or tuple(key.positions.shape) != (batch,):
+        raise ValueError(
+            f"philox: positions is {key.positions.dtype} of shape {tuple(key.positions.shape)}, "
+            f"expected torch.int64 of shape ({batch},)"
+        )
+
+
 def gumbel(
     key: NoiseKey, stream: int, shape: tuple[int, ...], device: torch.device | str, backend: str | None = None
 ) -> Tensor:
@@ -61,15 +83,7 @@ def normal(
 def _draw(
     kind: str, key: NoiseKey, stream: int, shape: tuple[int, ...], device: torch.device, backend: str | None
 ) -> Tensor:
-    if not 0 <= key.seed < 2**64:
-        raise ValueError(f"philox: seed is {key.seed}, expected 0 <= seed < 2^64")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"philox: stream is {stream}, expected 0 <= stream < 2^32")
-    if key.positions.dtype != torch.int64 or tuple(key.positions.shape) != tuple(shape[:1]):
-        raise ValueError(
-            f"philox: positions is {key.positions.dtype} of shape {tuple(key.positions.shape)}, "
-            f"expected torch.int64 of shape {tuple(shape[:1])} for noise of shape {tuple(shape)}"
-        )
+    check_key(key, stream, shape[0])
     module = load_backend("philox", _FILES, device.type, backend)
     noise = getattr(module, kind)(key.seed, key.positions.to(device), stream, math.prod(shape[1:]))
     return noise.reshape(shape)

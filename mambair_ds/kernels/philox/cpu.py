@@ -12,18 +12,25 @@ TILE = 4096
 
 
 @jit
-def _words(block, stream, low, high, k0, k1):
-    """Philox4x32-10; each word a uint64 below 2^32, since a product of two fits no less."""
-    mask = np.uint64(0xFFFFFFFF)
-    half = np.uint64(32)
-    c0, c1, c2, c3 = block, stream, low, high
+def _rounds(words, k0, k1):
+    """Philox4x32-10 of the counters `words`, (4, TILE / 4) uint32, in place; a row for each word, to fill vectors."""
+    half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = words[0], words[1], words[2], words[3]
     for _ in range(10):
-        p0 = c0 * np.uint64(0xD2511F53)
-        p1 = c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (p1 >> half) ^ c1 ^ k0, p1 & mask, (p0 >> half) ^ c3 ^ k1, p0 & mask
+        for i in range(len(c0)):
+            p0 = np.uint64(c0[i]) * np.uint64(0xD2511F53)
+            p1 = np.uint64(c2[i]) * np.uint64(0xCD9E8D57)
+            c0[i] = np.uint32(p1 >> half) ^ c1[i] ^ np.uint32(k0)
+            c1[i] = np.uint32(p1)
+            c2[i] = np.uint32(p0 >> half) ^ c3[i] ^ np.uint32(k1)
+            c3[i] = np.uint32(p0)
         k0 = (k0 + np.uint64(0x9E3779B9)) & mask
         k1 = (k1 + np.uint64(0xBB67AE85)) & mask
-    return c0, c1, c2, c3
+
+
+@jit
+def _uniform(word):
+    return (np.float32(np.int32(word >> np.uint32(9))) + np.float32(0.5)) * np.float32(2.0**-23)
 
 
 @jit
@@ -64,22 +71,26 @@ def _fill(task, k0, k1, positions, stream, is_normal, out):
     count = out.shape[1]
     tiles = (count + TILE - 1) // TILE
     sample, first = task // tiles, task % tiles * TILE
-    low, high = np.uint64(positions[sample]) & np.uint64(0xFFFFFFFF), np.uint64(positions[sample]) >> np.uint64(32)
-    tile = np.empty(TILE, np.float32)
+    words = np.empty((4, TILE // 4), np.uint32)
     for i in range(TILE // 4):
-        words = _words(np.uint64(first // 4 + i), stream, low, high, k0, k1)
-        for j in range(4):
-            tile[4 * i + j] = (np.float32(np.int32(words[j] >> np.uint64(9))) + np.float32(0.5)) * np.float32(2.0**-23)
+        words[0, i] = np.uint32(first // 4 + i)
+    words[1, :] = np.uint32(stream)
+    words[2, :] = np.uint32(np.uint64(positions[sample]) & np.uint64(0xFFFFFFFF))
+    words[3, :] = np.uint32(np.uint64(positions[sample]) >> np.uint64(32))
+    _rounds(words, k0, k1)
+    noise = np.empty((4, TILE // 4), np.float32)
     if is_normal:
-        for i in range(TILE // 2):
-            radius = np.sqrt(np.float32(-2) * log(tile[2 * i]))
-            sine, cosine = sin_cos(tile[2 * i + 1])
-            tile[2 * i], tile[2 * i + 1] = radius * cosine, radius * sine
+        for pair in range(0, 4, 2):
+            for i in range(TILE // 4):
+                radius = np.sqrt(np.float32(-2) * log(_uniform(words[pair, i])))
+                sine, cosine = sin_cos(_uniform(words[pair + 1, i]))
+                noise[pair, i], noise[pair + 1, i] = radius * cosine, radius * sine
     else:
-        for i in range(TILE):
-            tile[i] = -log(-log(tile[i]))
+        for j in range(4):
+            for i in range(TILE // 4):
+                noise[j, i] = -log(-log(_uniform(words[j, i])))
     for i in range(min(TILE, count - first)):
-        out[sample, first + i] = tile[i]
+        out[sample, first + i] = noise[i % 4, i // 4]
 
 
 def _draw(seed: int, positions: Tensor, stream: int, count: int, is_normal: bool) -> Tensor:

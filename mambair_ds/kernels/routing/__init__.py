@@ -10,35 +10,42 @@ import torch
 from torch import Tensor
 
 from mambair_ds.kernels import load_backend
+from mambair_ds.kernels.philox import KeyedNoise, check_key
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 
 
-def choose_class(logits: Tensor, backend: str | None = None) -> Tensor:
-    """The class of greatest probability; of classes whose probabilities round to one number the first, as published.
+def choose_class(scores: Tensor, noise: Tensor | KeyedNoise | None = None, backend: str | None = None) -> Tensor:
+    """The class of greatest softmax(log_softmax(scores) + noise), the first of those that round to one number.
 
     Args:
-        logits: (B, n, T), float32 and finite; float64 on the `reference` backend only.
+        scores: the router's linear outputs, (B, n, T), finite, in float32, bfloat16 or float16; float64 on the
+            `reference` backend only.
+        noise: None; float32 of the scores' shape; or Gumbel noise that the operator draws itself, number for number
+            that of `mambair_ds.kernels.philox.gumbel` for the scores' shape.
         backend: "reference" (plain operations), "torch" (CPU) or "triton"; None takes "reference" for
             float64, else chooses by device.
 
     Returns:
-        (B, n) int64. The backends agree except where two probabilities differ by a last bit of their exponentials;
-        `reference` and `torch` always do.
+        (B, n) int64. For given noise `torch` is always equal to `reference`. `triton` compares scores + noise
+        instead and takes numbers within 2^-25 of the greatest for equal: see its file for how often that differs.
+        Noise drawn by two backends differs in its last bits.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or an unknown backend.
+        ValueError: a shape, dtype or key that does not fit, or an unknown backend.
     """
-    if logits.ndim != 3 or logits.numel() == 0:
-        raise ValueError(f"routing: logits has shape {tuple(logits.shape)}, expected (batch, tokens, classes)")
-    return _module(logits, backend).choose_class(logits)
+    if scores.ndim != 3 or scores.numel() == 0:
+        raise ValueError(f"routing: scores has shape {tuple(scores.shape)}, expected (batch, tokens, classes)")
+    _check_noise(scores, noise)
+    return _module(scores, backend).choose_class(scores, noise)
 
 
 def class_order(index: Tensor, classes: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The stable order of tokens by class, and its inverse.
 
     Args:
-        index: each token's class, (B, n) int64, all below `classes`.
+        index: each token's class, (B, n) int64, all below `classes`. Only the CPU's backend checks that: elsewhere
+            the check would wait for the device, and an index out of range gives results that are no permutations.
         classes: how many there are, at most 256.
         backend: as `choose_class`'s.
 
@@ -55,38 +62,58 @@ def class_order(index: Tensor, classes: int, backend: str | None = None) -> tupl
         )
     if not 1 <= classes <= 256:
         raise ValueError(f"routing: {classes} classes, expected 1 to 256")
-    return _module(index, backend).class_order(index, classes)
+    return load_backend("routing", _FILES, index.device.type, backend).class_order(index, classes)
 
 
-def class_prompt(logits: Tensor, table: Tensor, index: Tensor, backend: str | None = None) -> Tensor:
-    """The prompts `table[index]`, with gradients as if the one-hot classes were softmax(logits).
+def class_prompt(
+    scores: Tensor,
+    table: Tensor,
+    index: Tensor,
+    noise: Tensor | KeyedNoise | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The prompts `table[index]`, with gradients as if the one-hot classes were softmax(log_softmax(scores) + noise).
 
     This is the straight-through Gumbel softmax (Jang et al. 2017, arXiv 1611.01144) times the table.
 
     Args:
-        logits: (B, n, T), float32; float64 on the `reference` backend only.
-        table: a prompt for each class, (T, N), in float32, bfloat16 or float16 (or float64, as `logits`).
+        scores: as `choose_class`'s.
+        table: a prompt for each class, (T, N), T at most 256, in float32, bfloat16 or float16 (or float64, as scores).
         index: each token's class, (B, n) int64.
+        noise: as `choose_class`'s; drawn noise is drawn again in the backward pass.
         backend: as `choose_class`'s.
 
     Returns:
-        (B, n, N) in the table's dtype. Gradients reach `logits` and `table`.
+        (B, n, N) in the table's dtype. Gradients reach `scores` and `table`.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or an unknown backend.
+        ValueError: a shape, dtype or key that does not fit, or an unknown backend.
     """
-    if logits.ndim != 3 or table.ndim != 2 or logits.shape[2] != table.shape[0] or logits.shape[:2] != index.shape:
+    if scores.ndim != 3 or table.ndim != 2 or scores.shape[2] != table.shape[0] or scores.shape[:2] != index.shape:
         raise ValueError(
-            f"routing: logits {tuple(logits.shape)}, table {tuple(table.shape)} and index {tuple(index.shape)} "
+            f"routing: scores {tuple(scores.shape)}, table {tuple(table.shape)} and index {tuple(index.shape)} "
             "do not fit; expected (batch, tokens, classes), (classes, states) and (batch, tokens)"
         )
-    return _module(logits, backend).class_prompt(logits, table, index)
+    _check_noise(scores, noise)
+    return _module(scores, backend).class_prompt(scores, table, index, noise)
 
 
-def _module(tensor: Tensor, backend: str | None) -> ModuleType:
-    """The backend's module for index or logits."""
-    if backend is None and tensor.dtype == torch.float64:
+def _check_noise(scores: Tensor, noise: Tensor | KeyedNoise | None) -> None:
+    if isinstance(noise, KeyedNoise):
+        check_key(noise.key, noise.stream, len(scores))
+    elif noise is not None and (noise.dtype != torch.float32 or noise.shape != scores.shape):
+        raise ValueError(
+            f"routing: noise is {noise.dtype} of shape {tuple(noise.shape)}, "
+            f"expected torch.float32 of shape {tuple(scores.shape)}"
+        )
+
+
+def _module(scores: Tensor, backend: str | None) -> ModuleType:
+    """The backend's module for scores of this dtype and device."""
+    if not scores.is_floating_point():
+        raise ValueError(f"routing: scores is {scores.dtype}, expected a floating-point dtype")
+    if scores.dtype == torch.float64:
+        if backend not in (None, "reference"):
+            raise ValueError("routing: scores is torch.float64, which only the reference backend takes")
         backend = "reference"
-    if tensor.dtype not in (torch.float32, torch.int64) and (tensor.dtype, backend) != (torch.float64, "reference"):
-        raise ValueError(f"routing: logits is {tensor.dtype}, expected torch.float32")
-    return load_backend("routing", _FILES, tensor.device.type, backend)
+    return load_backend("routing", _FILES, scores.device.type, backend)

@@ -12,18 +12,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels.cpu import jit, jit_reassociating, run_tasks
-from mambair_ds.kernels.routing.operator import make_operators
-from mambair_ds.kernels.selective_scan.cpu import exp2
+from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
+from mambair_ds.kernels.philox.cpu import gumbel
+from mambair_ds.kernels.routing.operator import Draw, make_operators
+from mambair_ds.kernels.routing.reference import probabilities
 
 TOKENS = 512
+CLOSE = np.float32(1e-5)
+"""Two sums of score and noise nearer than this times their size may tie, or change places, once rounded as published.
+
+The published logarithm of the softmax and the noise's addition round by at most some 2^-22 of the largest number that
+occurs, the softmax by 2^-22 again; this is 20 times as much.
+"""
 
 _LOG2E = np.float32(1.4426950408889634)
 
 
-def choose(logits: Tensor) -> Tensor:
-    """See `make_operators`. PyTorch's own: its softmax decides which probabilities are equal."""
-    return logits.softmax(-1).argmax(-1)
+@jit
+def _add(scores, noise, has_noise, out):
+    for t in range(len(out)):
+        out[t] = scores[t] + noise[t] if has_noise else scores[t]
+
+
+@jit_reassociating
+def _choose(task, scores, noise, has_noise, index):
+    _, length, classes = scores.shape
+    blocks = (length + TOKENS - 1) // TOKENS
+    sample, start = task // blocks, task % blocks * TOKENS
+    y = np.empty(classes, np.float32)
+    for i in range(start, min(start + TOKENS, length)):
+        x = scores[sample, i]
+        _add(x, noise[sample, i], has_noise, y)
+        largest, size = y[0], np.float32(0)
+        for t in range(classes):
+            largest = max(largest, y[t])
+            size = max(size, abs(x[t]))
+        margin = largest - CLOSE * (np.float32(1) + size + abs(largest))
+        first, last = classes, -1
+        for t in range(classes):
+            first = min(first, t if y[t] >= margin else classes)
+            last = max(last, t if y[t] >= margin else -1)
+        index[sample, i] = first if first == last else -1
+
+
+def choose(scores: Tensor, draw: Draw) -> Tensor:
+    """See `make_operators`. Tokens with a clear winner need no softmax; for the others PyTorch's own decides."""
+    noise = _noise(scores, draw)
+    scores = scores.float()
+    index = torch.empty(scores.shape[:2], dtype=torch.int64)
+    tensors = (scores, scores if noise is None else noise)
+    tasks = len(scores) * -(-scores.shape[1] // TOKENS)
+    run_tasks(_choose, tasks, *(tensor.numpy() for tensor in tensors), noise is not None, index.numpy())
+    close = index < 0
+    if close.any():
+        index[close] = probabilities(scores[close], None if noise is None else noise[close]).argmax(-1)
+    return index
+
+
+def _noise(scores: Tensor, draw: Draw) -> Tensor | None:
+    noise, positions, seed, stream = draw
+    if positions is None:
+        return noise
+    return gumbel(seed, positions, stream, scores.shape[1] * scores.shape[2]).view(scores.shape)
 
 
 @jit
@@ -51,20 +101,21 @@ def order(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
 
 @jit_reassociating
-def _differentiate(task, grad, logits, table_t, index, grad_logits, part_table):
-    _, length, classes = logits.shape
+def _differentiate(task, grad, scores, noise, has_noise, table_t, index, grad_scores, part_table):
+    _, length, classes = scores.shape
     blocks = (length + TOKENS - 1) // TOKENS
     sample, start = task // blocks, task % blocks * TOKENS
     part = part_table[task]
     soft = np.empty(classes, np.float32)
     inner = np.empty(classes, np.float32)
     for i in range(start, min(start + TOKENS, length)):
-        x, g, row = logits[sample, i], grad[sample, i], part[index[sample, i]]
-        largest = x[0]
+        g, row = grad[sample, i], part[index[sample, i]]
+        _add(scores[sample, i], noise[sample, i], has_noise, soft)
+        largest = soft[0]
         for t in range(classes):
-            largest = max(largest, x[t])
+            largest = max(largest, soft[t])
         for t in range(classes):
-            soft[t] = exp2((x[t] - largest) * _LOG2E)
+            soft[t] = exp2((soft[t] - largest) * _LOG2E)
             inner[t] = np.float32(0)
         for s in range(len(g)):
             row[s] += g[s]
@@ -77,20 +128,24 @@ def _differentiate(task, grad, logits, table_t, index, grad_logits, part_table):
             mean += soft[t] * inner[t]
         scale = np.float32(1) / total
         mean *= scale
-        out = grad_logits[sample, i]
+        out = grad_scores[sample, i]
         for t in range(classes):
             out[t] = soft[t] * scale * (inner[t] - mean)
 
 
-def differentiate(grad: Tensor, logits: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def differentiate(grad: Tensor, scores: Tensor, table: Tensor, index: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """See `make_operators`."""
-    blocks = -(-logits.shape[1] // TOKENS)
-    grad_logits, part_table = torch.empty_like(logits), torch.zeros(len(logits) * blocks, *table.shape)
-    tensors = (grad, logits, table.T.contiguous(), index, grad_logits, part_table)
-    run_tasks(_differentiate, len(part_table), *(tensor.numpy() for tensor in tensors))
+    noise, wide = _noise(scores, draw), scores.float()
+    blocks = -(-scores.shape[1] // TOKENS)
+    grad_scores, part_table = torch.empty_like(wide), torch.zeros(len(scores) * blocks, *table.shape)
+    run_tasks(
+        _differentiate, len(part_table), grad.float().numpy(), wide.numpy(),
+        (wide if noise is None else noise).numpy(), noise is not None,
+        table.float().T.contiguous().numpy(), index.numpy(), grad_scores.numpy(), part_table.numpy(),
+    )  # fmt: skip
     # One after the other: torch's own sum may choose its order by shape and number of threads.
     samples = [functools.reduce(torch.add, sample) for sample in part_table.split(blocks)]
-    return grad_logits, functools.reduce(torch.add, samples)
+    return grad_scores.to(scores.dtype), functools.reduce(torch.add, samples)
 
 
 choose_class, class_order, class_prompt = make_operators("cpu", choose, order, differentiate)

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambair_ds.kernels.philox import KeyedNoise, gumbel
 
-def choose_class(logits: Tensor) -> Tensor:
+
+def choose_class(scores: Tensor, noise: Tensor | KeyedNoise | None) -> Tensor:
     """See `mambair_ds.kernels.routing.choose_class`."""
-    return logits.softmax(-1).argmax(-1)
+    return probabilities(scores, noise).argmax(-1)
 
 
 def class_order(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -16,9 +18,20 @@ def class_order(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return order, torch.argsort(order, dim=1)
 
 
-def class_prompt(logits: Tensor, table: Tensor, index: Tensor) -> Tensor:
+def class_prompt(scores: Tensor, table: Tensor, index: Tensor, noise: Tensor | KeyedNoise | None) -> Tensor:
     """See `mambair_ds.kernels.routing.class_prompt`; by a dense (B, n, T) policy."""
-    with torch.autocast(logits.device.type, enabled=False):
-        soft = logits.softmax(-1)
+    with torch.autocast(scores.device.type, enabled=False):
+        soft = probabilities(scores, noise)
         policy = F.one_hot(index, len(table)).to(soft.dtype) - soft.detach() + soft
         return (policy @ table.to(soft.dtype)).to(table.dtype)
+
+
+def probabilities(scores: Tensor, noise: Tensor | KeyedNoise | None) -> Tensor:
+    """The (noisy) probabilities of the classes, (..., T), in float32 at least."""
+    with torch.autocast(scores.device.type, enabled=False):
+        logits = F.log_softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        if isinstance(noise, KeyedNoise):
+            noise = gumbel(noise.key, noise.stream, tuple(scores.shape), scores.device, backend="reference")
+        if noise is not None:
+            logits = logits + noise
+        return logits.softmax(-1)

@@ -6,44 +6,103 @@ gradient goes to the logits token by token, and to the table in partial sums for
 order: there are no float atomics, so two runs agree to the bit.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="assignment, misc, no-untyped-def"
+# ruff: noqa: RUF005 (Triton's tuples grow by +)
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambair_ds.kernels.routing.operator import make_operators
+from mambair_ds.kernels.philox.triton import INTERPRETED, gumbel, gumbel_exponent, words
+from mambair_ds.kernels.routing.operator import Draw, make_operators
 
 ROWS = 16
-"""Tokens whose logits lie in a program's registers at once."""
+"""Tokens whose class a program chooses."""
+LANES = 8
+"""Threads that share such a token."""
 BLOCK = 128
 """Tokens a program of the counting sort has."""
-TOKENS = 128
-"""Tokens a program of the prompt's gradient has, a multiple of `ROWS`."""
+TOKENS = 256
+"""Tokens a program of the prompt's gradient has."""
 WARPS = 4
-PROMPT_WARPS = 8  # with 4, `differentiate_prompt` has no register to spare
 
 LOG2E = tl.constexpr(1.4426950408889634)
+EQUAL = tl.constexpr(2.0**-24)
+"""Sums of score and noise this near, in units of log 2, have exponentials that round to one number."""
+
+
+NONE, GIVEN, DRAWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Where a kernel's noise comes from: nowhere, memory, its own counters."""
 
 
 @triton.jit
-def _load_logits(logits, rows, count, classes, CLASSES: tl.constexpr):
-    t = tl.arange(0, CLASSES)
-    mask = (rows < count)[:, None] & (t < classes)[None, :]
-    return tl.load(logits + rows[:, None] * classes + t[None, :], mask=mask, other=float("-inf")), t, mask
+def _fours(pointer, rows, columns, inside, classes: tl.constexpr, WHOLE: tl.constexpr, other: tl.constexpr):
+    """Of each row and column, four neighboring classes' numbers, as four tensors."""
+    j = tl.arange(0, 4)
+    t = 4 * columns[:, None] + j[None, :]
+    place = rows[:, None, None] * classes + t[None]
+    mask = inside[:, None, None] & (t < classes)[None]
+    if WHOLE:  # the same for all four: one load
+        mask = tl.broadcast_to((inside[:, None] & (4 * columns < classes)[None, :])[:, :, None], place.shape)
+    x = tl.load(pointer + place, mask=mask, other=other).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (rows.shape[0], columns.shape[0], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
 
 @triton.jit
-def choose_rows(logits, index, count, classes, CLASSES: tl.constexpr, ROWS: tl.constexpr):
-    """The first class of greatest probability, `index` (count,), of `logits` (count, classes)."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    x, t, mask = _load_logits(logits, rows, count, classes, CLASSES)
-    x = tl.where((rows < count)[:, None], x, 0.0)
-    e = tl.exp(x - tl.max(x, 1)[:, None])
-    p = tl.div_rn(e, tl.broadcast_to(tl.sum(e, 1)[:, None], e.shape))
-    first = tl.min(tl.where(mask & (p == tl.max(p, 1)[:, None]), t[None, :], classes - 1), 1)
-    tl.store(index + rows, first.to(tl.int64), mask=rows < count)
+def _noisy(
+    scores, noise, seed, stream, position, first, rows, columns, inside,
+    classes: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """(score + noise) log2 e of four neighboring classes; `first` is the sample's first row. Drawn noise has in
+    common what the softmax does not see, and is left out."""
+    WHOLE: tl.constexpr = classes % 4 == 0
+    x0, x1, x2, x3 = _fours(scores, rows, columns, inside, classes, WHOLE, float("-inf"))
+    x0, x1, x2, x3 = x0 * LOG2E, x1 * LOG2E, x2 * LOG2E, x3 * LOG2E
+    if NOISE == GIVEN:
+        g0, g1, g2, g3 = _fours(noise, rows, columns, inside, classes, WHOLE, 0.0)
+        x0, x1, x2, x3 = x0 + g0 * LOG2E, x1 + g1 * LOG2E, x2 + g2 * LOG2E, x3 + g3 * LOG2E
+    if NOISE == DRAWN:
+        block = ((rows - first) * (classes // 4))[:, None] + columns[None, :]
+        w0, w1, w2, w3 = words(
+            block.to(tl.uint32), stream.to(tl.uint32), position.to(tl.uint32), (position >> 32).to(tl.uint32), seed
+        )
+        x0, x1 = x0 - gumbel_exponent(w0), x1 - gumbel_exponent(w1)
+        x2, x3 = x2 - gumbel_exponent(w2), x3 - gumbel_exponent(w3)
+    return x0, x1, x2, x3
+
+
+@triton.jit(do_not_specialize=["seed", "stream"])
+def choose_rows(
+    scores, noise, positions, seed, stream, index, length,
+    classes: tl.constexpr, NOISE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The first class of the greatest sum of score and noise, or as good as that: `index` (B, n)."""
+    sample = tl.program_id(1).to(tl.int64)
+    position = tl.load(positions + sample).to(tl.uint64) if NOISE == DRAWN else sample.to(tl.uint64)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = i < length
+    first = sample * length
+    TURNS: tl.constexpr = COLUMNS // LANES
+    x = ()
+    best = tl.full((ROWS, LANES), float("-inf"), tl.float32)
+    for turn in tl.static_range(TURNS):
+        columns = turn * LANES + tl.arange(0, LANES)
+        x = x + _noisy(
+            scores, noise, seed.to(tl.uint64), stream, position, first, first + i, columns, inside, classes, NOISE
+        )
+        for j in tl.static_range(4):
+            best = tl.maximum(best, x[4 * turn + j])
+    least = (tl.max(best, 1) - EQUAL)[:, None]
+    at = tl.full((ROWS, LANES), classes - 1, tl.int32)
+    for k in tl.static_range(4 * TURNS):  # from a lane's last class to its first
+        t = 4 * ((TURNS - 1 - k // 4) * LANES + tl.arange(0, LANES)) + 3 - k % 4
+        at = tl.where(x[4 * TURNS - 1 - k] >= least, t[None, :], at)
+    at = tl.min(at, 1)
+    tl.store(index + first + i, at.to(tl.int64), mask=inside)
 
 
 @triton.jit
@@ -79,48 +138,87 @@ def place_tokens(index, counts, order, inverse, length, CLASSES: tl.constexpr, B
 
 
 @triton.jit
+def _dot(a, b):
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")  # of float32; narrow numbers have exact products
+
+
+@triton.jit(do_not_specialize=["seed", "stream"])
 def differentiate_prompt(
-    grad, logits, table, index, grad_logits, part_table, length, classes,
-    N: tl.constexpr, STATES: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    grad, scores, noise, positions, seed, stream, table, index, grad_scores, part_table, length,
+    classes: tl.constexpr, N: tl.constexpr, NOISE: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits, and TOKENS tokens' part of the table's: `part_table`, (B, parts, classes, N)."""
+    """The gradient of the scores, and TOKENS tokens' part of the table's: `part_table`, (B, parts, classes, N)."""
     sample = tl.program_id(1).to(tl.int64)
-    s, t = tl.arange(0, STATES), tl.arange(0, CLASSES)
-    in_table = (t < classes)[:, None] & (s < N)[None, :]
-    prompts = tl.load(table + t[:, None] * N + s[None, :], mask=in_table, other=0.0)
-    sums = tl.zeros((CLASSES, STATES), tl.float32)
+    position = tl.load(positions + sample).to(tl.uint64) if NOISE == DRAWN else sample.to(tl.uint64)
+    TURNS: tl.constexpr = COLUMNS // LANES
+    s, t = tl.arange(0, STATES), tl.arange(0, 4 * COLUMNS)
+    prompts = ()
+    for k in tl.static_range(4 * TURNS):
+        place = (4 * (k // 4 * LANES + tl.arange(0, LANES)) + k % 4)[None, :]
+        in_table = (place < classes) & (s < N)[:, None]
+        prompts = prompts + (tl.load(table + place * N + s[:, None], mask=in_table, other=0.0),)
+    sums = tl.zeros((STATES, 4 * COLUMNS), tl.float32)
     start = tl.program_id(0) * TOKENS
     for first in range(start, tl.minimum(start + TOKENS, length), ROWS):
         i = first + tl.arange(0, ROWS)
         rows = sample * length + i
         inside = i < length
-        x, _, mask = _load_logits(logits, rows, (sample + 1) * length, classes, CLASSES)
-        x = tl.where(inside[:, None], x, 0.0)
+        x = ()
+        largest = tl.full((ROWS, LANES), float("-inf"), tl.float32)
+        for turn in tl.static_range(TURNS):
+            columns = turn * LANES + tl.arange(0, LANES)
+            x = x + _noisy(
+                scores, noise, seed.to(tl.uint64), stream, position, sample * length, rows, columns, inside,
+                classes, NOISE,
+            )  # fmt: skip
+            for j in tl.static_range(4):
+                largest = tl.maximum(largest, x[4 * turn + j])
+        largest = tl.where(inside, tl.max(largest, 1), 0.0)[:, None]
         g = tl.load(grad + rows[:, None] * N + s[None, :], mask=inside[:, None] & (s < N)[None, :], other=0.0)
-        e = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
-        p = e / tl.sum(e, 1)[:, None]
-        q = tl.dot(g, tl.trans(prompts), input_precision="ieee")
-        out = p * (q - tl.sum(p * q, 1)[:, None])
-        tl.store(grad_logits + rows[:, None] * classes + t[None, :], out, mask=mask)
+        e, q = (), ()
+        total = tl.zeros((ROWS, LANES), tl.float32)
+        mean = tl.zeros((ROWS, LANES), tl.float32)
+        for k in tl.static_range(4 * TURNS):
+            e = e + (tl.exp2(x[k] - largest),)
+            q = q + (_dot(g, prompts[k]),)
+            total += e[k]
+            mean += e[k] * q[k]
+        scale = 1.0 / tl.where(inside, tl.sum(total, 1), 1.0)
+        mean = (scale * scale * tl.sum(mean, 1))[:, None]
+        scale = scale[:, None]
+        for turn in tl.static_range(TURNS):
+            out = ()
+            for j in tl.static_range(4):
+                out = out + (e[4 * turn + j] * (q[4 * turn + j] * scale - mean),)
+            out = tl.reshape(tl.join(tl.join(out[0], out[2]), tl.join(out[1], out[3])), (ROWS, 4 * LANES))
+            those = 4 * LANES * turn + tl.arange(0, 4 * LANES)[None, :]
+            mask = inside[:, None] & (those < classes)
+            tl.store(grad_scores + rows[:, None] * classes + those, out.to(grad_scores.dtype.element_ty), mask=mask)
         classes_of = tl.load(index + rows, mask=inside, other=0).to(tl.int32)  # behind the end g is 0
-        one_hot = (classes_of[None, :] == t[:, None]).to(tl.float32)
-        sums = tl.dot(one_hot, g, sums, input_precision="ieee")
+        one_hot = tl.where(classes_of[:, None] == t[None, :], 1.0, 0.0).to(g.dtype)
+        sums += _dot(tl.trans(g), one_hot)
     part = sample * tl.num_programs(0) + tl.program_id(0)
-    tl.store(part_table + (part * classes + t[:, None]) * N + s[None, :], sums, mask=in_table)
+    tl.store(
+        part_table + (part * classes + t[None, :]) * N + s[:, None],
+        sums,
+        mask=(t < classes)[None, :] & (s < N)[:, None],
+    )
 
 
-def _padded(count: int) -> int:
-    """The next power of two, and at least what `tl.dot` takes."""
-    return max(16, triton.next_power_of_2(count))
-
-
-def choose(logits: Tensor) -> Tensor:
+def choose(scores: Tensor, draw: Draw) -> Tensor:
     """See `make_operators`."""
-    batch, length, classes = logits.shape
-    index = torch.empty(batch, length, dtype=torch.int64, device=logits.device)
-    grid = (triton.cdiv(index.numel(), ROWS),)
-    with torch.cuda.device_of(logits):
-        choose_rows[grid](logits, index, index.numel(), classes, CLASSES=_padded(classes), ROWS=ROWS, num_warps=WARPS)
+    batch, length, classes = scores.shape
+    index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
+    arguments, kind = _noise(scores, draw)
+    columns = max(LANES, _columns(classes))
+    with torch.cuda.device_of(scores):
+        choose_rows[triton.cdiv(length, ROWS), batch](
+            scores, *arguments, index, length,
+            classes=classes, NOISE=kind, COLUMNS=columns, ROWS=ROWS, LANES=LANES, num_warps=WARPS,
+        )  # fmt: skip
     return index
 
 
@@ -128,28 +226,54 @@ def order(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """See `make_operators`."""
     batch, length = index.shape
     blocks = triton.cdiv(length, BLOCK)
-    counts = torch.empty(batch, blocks, _padded(classes), dtype=torch.int32, device=index.device)
+    padded = triton.next_power_of_2(classes)
+    counts = torch.empty(batch, blocks, padded, dtype=torch.int32, device=index.device)
     places, inverse = torch.empty_like(index), torch.empty_like(index)
-    constants = {"CLASSES": _padded(classes), "BLOCK": BLOCK, "num_warps": WARPS}
+    constants = {"CLASSES": padded, "BLOCK": BLOCK, "num_warps": WARPS}
     with torch.cuda.device_of(index):
         count_classes[blocks, batch](index, counts, length, **constants)
         place_tokens[blocks, batch](index, counts, places, inverse, length, **constants)
     return places, inverse
 
 
-def differentiate(grad: Tensor, logits: Tensor, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def differentiate(grad: Tensor, scores: Tensor, table: Tensor, index: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """See `make_operators`."""
-    batch, length, classes = logits.shape
+    batch, length, classes = scores.shape
     states = table.shape[1]
     parts = triton.cdiv(length, TOKENS)
-    grad_logits, part_table = torch.empty_like(logits), table.new_empty(batch, parts, *table.shape)
-    with torch.cuda.device_of(logits):
+    grad_scores = torch.empty_like(scores)
+    part_table = torch.empty(batch, parts, *table.shape, device=scores.device)
+    arguments, kind = _noise(scores, draw)
+    with torch.cuda.device_of(scores):
         differentiate_prompt[parts, batch](
-            grad, logits, table, index, grad_logits, part_table, length, classes,
-            N=states, STATES=_padded(states), CLASSES=_padded(classes), ROWS=ROWS, TOKENS=TOKENS,
-            num_warps=PROMPT_WARPS,
+            grad, scores, *arguments, table, index, grad_scores, part_table, length,
+            classes=classes, N=states, NOISE=kind, STATES=max(16, triton.next_power_of_2(states)), TOKENS=TOKENS,
+            **prompt_tile(classes),
         )  # fmt: skip
-    return grad_logits, part_table.sum((0, 1))
+    return grad_scores, part_table.sum((0, 1))
+
+
+def prompt_tile(classes: int) -> dict[str, int]:
+    """The shape of `differentiate_prompt`'s tile: 32 scores a lane, in rows as short as `tl.dot` takes them."""
+    columns = max(16, _columns(classes))
+    rows = max(16, 512 // columns)
+    return {"COLUMNS": columns, "LANES": columns // 2, "ROWS": rows, "num_warps": rows * columns // 256}
+
+
+def _columns(classes: int) -> int:
+    """Fours of classes, rounded up to a power of two."""
+    return triton.next_power_of_2(triton.cdiv(classes, 4))
+
+
+def _noise(scores: Tensor, draw: Draw) -> tuple[tuple[Tensor, Tensor, int, int], int]:
+    """The kernels' arguments `noise`, `positions`, `seed` and `stream`, and their NOISE."""
+    noise, positions, seed, stream = draw
+    _, length, classes = scores.shape
+    if positions is not None and classes % 4 != 0:  # a row does not begin with a counter: the noise is written out
+        noise, positions = gumbel(seed, positions, stream, length * classes), None
+    if positions is not None:
+        return (scores, positions, seed, stream), DRAWN.value
+    return (scores if noise is None else noise, scores, 0, 0), (NONE if noise is None else GIVEN).value
 
 
 choose_class, class_order, class_prompt = make_operators("triton", choose, order, differentiate)
