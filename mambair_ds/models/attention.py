@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mambair_ds.kernels.window_attention import window_attention
+from mambair_ds.models.layout import project
 
 
 class WindowAttention(nn.Module):
@@ -17,7 +18,8 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """Attend within windows: (B, H, W, 3·dim) to (B, H, W, dim)."""
+    def forward(self, qkv: Tensor, residual: Tensor) -> Tensor:
+        """Attend within windows and add the residual: (B, H, W, 3·dim) and (B, H, W, dim) to (B, H, W, dim)."""
         table = self.relative_position_bias_table
-        return self.proj(window_attention(qkv, table, self.num_heads, self.window_size, self.shift))
+        y = window_attention(qkv, table, self.num_heads, self.window_size, self.shift)
+        return project(self.proj, y, residual=residual)

@@ -1,9 +1,12 @@
-"""The feed-forward blocks, each with a depthwise convolution: ConvFFN (Small, Base, Large) and GatedMLP (Light)."""
+"""The feed-forward blocks, each with a depthwise convolution: ConvFFN (Small, Base, Large) and GatedMLP (Light).
 
-import torch.nn.functional as F
+A block takes (B, H, W, dim), and the norm in front of it and the two ways around it, as its linear layers compute these
+as well: f(norm(x)) + x + scale · skip.
+"""
+
 from torch import Tensor, nn
 
-from mambair_ds.models.layout import convolve_depthwise
+from mambair_ds.models.layout import convolve_depthwise, project
 
 
 def _depthwise(channels: int, kernel_size: int) -> nn.Conv2d:
@@ -11,7 +14,7 @@ def _depthwise(channels: int, kernel_size: int) -> nn.Conv2d:
 
 
 class ConvFFN(nn.Module):
-    """fc2(h + GELU(depthwise(h))) with h = GELU(fc1(x)); (B, H, W, dim) to the same."""
+    """f(x) = fc2(h + GELU(depthwise(h))) with h = GELU(fc1(x))."""
 
     def __init__(self, dim: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
@@ -20,13 +23,14 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.ModuleDict({"depthwise_conv": nn.Sequential(_depthwise(hidden, kernel_size), nn.GELU())})
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.fc1(x))
-        return self.fc2(convolve_depthwise(self.dwconv.get_submodule("depthwise_conv.0"), h, "gelu_residual"))
+    def forward(self, x: Tensor, norm: nn.LayerNorm, skip: Tensor, scale: Tensor) -> Tensor:
+        h = project(self.fc1, x, norm, gelu=True)
+        h = convolve_depthwise(self.dwconv.get_submodule("depthwise_conv.0"), h, "gelu_residual")
+        return project(self.fc2, h, residual=x, skip=skip, skip_scale=scale)
 
 
 class GatedMLP(nn.Module):
-    """fc2(x1 · depthwise(LayerNorm(x2))) with x1, x2 the halves of GELU(fc1(x)); (B, H, W, dim) to the same."""
+    """f(x) = fc2(x1 · depthwise(LayerNorm(x2))) with x1, x2 the halves of GELU(fc1(x))."""
 
     def __init__(self, dim: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
@@ -34,8 +38,9 @@ class GatedMLP(nn.Module):
         self.sg = _SpatialGate(hidden // 2, kernel_size)
         self.fc2 = nn.Linear(hidden // 2, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.sg(F.gelu(self.fc1(x))))
+    def forward(self, x: Tensor, norm: nn.LayerNorm, skip: Tensor, scale: Tensor) -> Tensor:
+        h = self.sg(project(self.fc1, x, norm, gelu=True))
+        return project(self.fc2, h, residual=x, skip=skip, skip_scale=scale)
 
 
 class _SpatialGate(nn.Module):

@@ -16,7 +16,7 @@ from mambair_ds.config import NetworkConfig
 from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.kernels.window_attention.reference import relative_position_index
 from mambair_ds.models.attention import WindowAttention
-from mambair_ds.models.layout import convolve
+from mambair_ds.models.layout import convolve, project
 from mambair_ds.models.state_space import AttentiveStateSpace
 
 _HEAD_WIDTH = 64  # channels of the pixelshuffle and nearest+conv heads
@@ -174,12 +174,10 @@ class AttentiveLayer(nn.Module):
         nn.init.uniform_(self.embeddingA.weight, -1 / config.inner_rank, 1 / config.inner_rank)
 
     def forward(self, x: Tensor, noise: NoiseKey | None) -> Tensor:
-        y = self.win_mhsa(self.wqkv(self.norm1(x))) + x
-        y = self.convffn1(self.norm2(y)) + y
-        x = self.scale1 * x + y
-        z = self.assm(self.norm3(x), self.embeddingA.weight, noise) + x
-        z = self.convffn2(self.norm4(z)) + z
-        return self.scale2 * x + z
+        y = self.win_mhsa(project(self.wqkv, x, self.norm1), residual=x)
+        x = self.convffn1(y, self.norm2, x, self.scale1)
+        z = self.assm(x, self.norm3, self.embeddingA.weight, noise)
+        return self.convffn2(z, self.norm4, x, self.scale2)
 
 
 def pad_to_windows(x: Tensor, size: int) -> Tensor:

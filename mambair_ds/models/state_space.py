@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mambair_ds.kernels.philox import KeyedNoise, NoiseKey
 from mambair_ds.kernels.routing import choose_class, class_order, class_prompt
 from mambair_ds.kernels.selective_scan import selective_scan
-from mambair_ds.models.layout import convolve, convolve_depthwise
+from mambair_ds.models.layout import convolve_depthwise, project
 
 
 class AttentiveStateSpace(nn.Module):
@@ -41,19 +41,22 @@ class AttentiveStateSpace(nn.Module):
         self.route = Router(dim, num_tokens)
         nn.init.uniform_(self.embeddingB.weight, -1 / num_tokens, 1 / num_tokens)
 
-    def forward(self, x: Tensor, embedding_a: Tensor, noise: NoiseKey | None) -> Tensor:
-        """(B, H, W, dim) to the same; `embedding_a` is the layer's half of the prompt table, (inner_rank, d_state)."""
-        scores = self.route(x.flatten(1, 2))
+    def forward(self, x: Tensor, norm: nn.LayerNorm, embedding_a: Tensor, noise: NoiseKey | None) -> Tensor:
+        """x + f(norm(x)), (B, H, W, dim); `embedding_a` is the layer's half of the prompt table, (inner_rank, d_state).
+
+        The linear layers compute norm and addition as well.
+        """
+        scores = self.route(x.flatten(1, 2), norm)
         gumbel = self._gumbel(scores, noise)
         index = self.route.decide(scores, gumbel)
         prompt = class_prompt(scores, self.embeddingB.weight @ embedding_a, index, gumbel)
         order, _ = class_order(index, scores.shape[-1])
 
-        u = convolve(self.in_proj, x)
+        u = project(self.in_proj[0], x, norm)
         u = convolve_depthwise(self.CPE[0], u, "sigmoid_gate")
         # The prompt stays in token order though the sequence is sorted: the published network is trained so.
         y = self.selectiveScan(u.flatten(1, 2), prompt, order)
-        return self.out_proj(self.out_norm(y)).view_as(x)
+        return project(self.out_proj, y.view(u.shape), self.out_norm, residual=x)
 
     def _gumbel(self, scores: Tensor, noise: NoiseKey | None) -> Tensor | KeyedNoise | None:
         if not self.training:
@@ -63,11 +66,16 @@ class AttentiveStateSpace(nn.Module):
         return KeyedNoise(noise, self.index)
 
 
-class Router(nn.Sequential):
+class Router(nn.ModuleList):
     """Gives every token a score for each class, and decides on one."""
 
     def __init__(self, dim: int, num_tokens: int) -> None:
-        super().__init__(nn.Linear(dim, dim // 3), nn.GELU(), nn.Linear(dim // 3, num_tokens))
+        # The GELU in between belongs to the first; its place gives the second the published name.
+        super().__init__([nn.Linear(dim, dim // 3), nn.GELU(), nn.Linear(dim // 3, num_tokens)])
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(B, n, dim), before `norm`, to (B, n, num_tokens)."""
+        return project(self[2], project(self[0], x, norm, gelu=True))
 
     def decide(self, scores: Tensor, noise: Tensor | KeyedNoise | None) -> Tensor:
         """The class of every token, (B, n) int64. The only place where a class is chosen."""

@@ -61,37 +61,47 @@ def test_window_attention_with_bias_table_shift_and_mask(shifted, rows, columns)
     if shifted:
         logits = logits + _swin_mask(rows * w, columns * w, w).repeat(2, 1, 1)[:, None]
     y = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    out = attention(qkv)
+    residual = torch.randn(2, rows * w, columns * w, dim)
+    out = attention(qkv, residual) - residual
     _same(_cut(out.roll((-2, -2), (1, 2)) if shifted else out, w), y, atol=2e-6)
+
+
+def _around(dim):
+    """A norm with weights of its own, what goes around a block, and its scale."""
+    norm = nn.LayerNorm(dim)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm, torch.randn(2, 7, 8, dim), torch.randn(dim)
 
 
 def test_conv_ffn():
     block = ConvFFN(6, 10, 5)
-    x = torch.randn(2, 7, 8, 6)
+    x, (norm, skip, scale) = torch.randn(2, 7, 8, 6), _around(6)
     conv = block.dwconv["depthwise_conv"][0]
-    h = F.gelu(block.fc1(x))
+    h = F.gelu(block.fc1(norm(x)))
     mixed = F.conv2d(h.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=2, groups=10).permute(0, 2, 3, 1)
-    _same(block(x), block.fc2(h + F.gelu(mixed)))
+    _same(block(x, norm, skip, scale), block.fc2(h + F.gelu(mixed)) + x + scale * skip)
 
 
 def test_gated_mlp():
     block = GatedMLP(6, 10, 5)
-    x = torch.randn(2, 7, 8, 6)
-    x1, x2 = F.gelu(block.fc1(x)).split(5, -1)
+    x, (norm, skip, scale) = torch.randn(2, 7, 8, 6), _around(6)
+    x1, x2 = F.gelu(block.fc1(norm(x))).split(5, -1)
     x2 = F.layer_norm(x2, (5,), block.sg.norm.weight, block.sg.norm.bias).permute(0, 3, 1, 2)
     x2 = F.conv2d(x2, block.sg.conv.weight, block.sg.conv.bias, padding=2, groups=5).permute(0, 2, 3, 1)
-    _same(block(x), block.fc2(x1 * x2))
+    _same(block(x, norm, skip, scale), block.fc2(x1 * x2) + x + scale * skip)
 
 
 def test_router_scores():
     torch.manual_seed(0)
-    router = Router(12, 5)
+    router, norm = Router(12, 5), nn.LayerNorm(12)
+    nn.init.normal_(norm.weight)
     x = torch.randn(2, 9, 12)
-    scores = F.linear(x, router[0].weight, router[0].bias)
+    scores = F.linear(norm(x), router[0].weight, router[0].bias)
     scores = 0.5 * scores * (1 + torch.erf(scores / math.sqrt(2)))
     scores = F.linear(scores, router[2].weight, router[2].bias)
-    _same(router(x), scores)
-    assert torch.equal(router.decide(router(x), None), scores.argmax(-1))
+    _same(router(x, norm), scores)
+    assert torch.equal(router.decide(router(x, norm), None), scores.argmax(-1))
 
 
 def test_of_equal_classes_the_first_is_chosen():
@@ -121,15 +131,15 @@ def test_prompts_stay_in_token_order_while_tokens_are_sorted():
     """The published network adds the prompt of the token at place k to the k-th token of the sorted sequence."""
     torch.manual_seed(0)
     module = AttentiveStateSpace(6, 6, 4, 3, 5, index=0, scan_backend=None).eval()
-    x, embedding_a = torch.randn(1, 3, 4, 6), torch.randn(3, 4)
+    x, embedding_a, norm = torch.randn(1, 3, 4, 6), torch.randn(3, 4), nn.LayerNorm(6)
     seen = []
     module.selectiveScan.register_forward_pre_hook(lambda _, args: seen.append(args))
-    out = module(x, embedding_a, None)
+    out = module(x, norm, embedding_a, None)
     (u, prompt, places), tokens = seen[0], x.flatten(1, 2)
-    index = module.route(tokens).argmax(-1)
+    index = module.route(tokens, norm).argmax(-1)
     assert len(index.unique()) > 1
     _same(prompt, (module.embeddingB.weight @ embedding_a)[index])
-    image = module.in_proj(x.permute(0, 3, 1, 2))
+    image = module.in_proj(norm(x).permute(0, 3, 1, 2))
     gated = (image * torch.sigmoid(module.CPE(image))).flatten(2).transpose(1, 2)
     order = torch.sort(index[0], stable=True).indices
     assert torch.equal(places[0], order)
@@ -138,4 +148,4 @@ def test_prompts_stay_in_token_order_while_tokens_are_sorted():
     y = module.out_proj(module.out_norm(module.selectiveScan(u[:, order], prompt, in_place)))
     restored = torch.empty_like(y)
     restored[0, order] = y[0]
-    _same(out, restored.view_as(out))
+    _same(out, restored.view_as(out) + x)
