@@ -1,0 +1,89 @@
+"""The operator benchmark: its whole table at tiny sizes, and that a wrong operator is not timed."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/operators.py with tiny shapes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    shape = importlib.import_module("disassembly").Shape
+    module = importlib.import_module("operators")
+    tiny = {
+        "base": shape(2, 16, 12, 24, 4, 2, 8, 8, gated=False),
+        "light": shape(2, 16, 12, 12, 4, 2, 8, 8, gated=True),
+    }
+    monkeypatch.setattr(module, "CPU_SHAPES", tiny)
+    monkeypatch.setattr(module, "SHAPES", tiny)
+    return module
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "operators.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_all_operators_are_in_the_table_forward_and_backward(
+    device: str, operators: ModuleType, tmp_path: Path
+) -> None:
+    assert operators.main(["--device", device, "--shapes", "base,light", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    rows = results(tmp_path)
+    assert [(row["shape"], row["operator"]) for row in rows] == [
+        (shape, operator) for shape in ("base", "light") for operator in operators.OPERATORS
+    ]
+    for row in rows:
+        assert row["state"] == "ok" and (row["floor"] is None) == (device == "cpu") and row["kept"]["ours"] >= 0
+        assert len(row["times"]) >= 2, "no peer"
+        assert all(time > 0 for times in row["times"].values() for time in times)
+    text = (tmp_path / "operators.md").read_text()
+    assert ("threads" if device == "cpu" else "driver") in text and "--seconds 0" in text, "no hardware or no command"
+    assert text.count("\n| base | ") == text.count("\n| light | ") >= len(operators.OPERATORS)
+    assert text.count("times faster than the reference loop") == (2 if device == "cpu" else 0)
+
+
+@pytest.mark.parametrize("part", ["value", "gradient"])
+def test_a_wrong_operator_is_named_and_not_timed(
+    part: str, operators: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor, **rest: Any) -> Tensor:
+        y = importlib.import_module("mambair_ds.kernels.linear").linear(x, weight, bias, **rest)
+        return 1.01 * y if part == "value" else y.detach() + 0.9 * (y - y.detach())
+
+    monkeypatch.setattr(importlib.import_module("jobs"), "linear", wrong)
+    asked = ["--shapes", "light", "--operators", "linear-gelu,depthwise-3x3"]
+    assert operators.main(["--device", "cpu", *asked, "--seconds", "0", "--out", str(tmp_path)]) == 1
+    right, off = results(tmp_path)
+    assert right["state"] == "ok" and right["times"]
+    assert off["state"].startswith("WRONG") and "gradient of weight" in off["state"] and not off["times"]
+    assert ("output 0" in off["state"]) == (part == "value")
+
+
+def test_floors_are_the_longest_of_bytes_and_arithmetic(operators: ModuleType) -> None:
+    rates = operators.Rates(bandwidth=1e12, floats=1e12, special=1e11, matrix=1e14)
+    work = operators.Work(values=10, floats=5, special=1, matrix=100, indices=1)
+    assert operators.floor(work, 10**9, rates) == pytest.approx((28.0, 28.0))
+    work = operators.Work(values=1, floats=5, special=1, matrix=100)
+    assert operators.floor(work, 10**9, rates) == pytest.approx((10.0, 2.0))
+
+
+def test_unknown_names_are_refused_with_those_there_are(
+    operators: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        operators.main(["--operators", "scan,routes"])
+    assert "no routes; there are scan, attention" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have it")
+def test_a_missing_peer_is_explained(operators: ModuleType, tmp_path: Path) -> None:
+    peer = importlib.import_module("mamba_ssm_peer")
+    assert str(peer.load(None)).startswith("not available: ")
+    assert str(peer.load(tmp_path)).startswith("not available: ")
