@@ -90,7 +90,7 @@ class Case:
     arithmetic: float
     """Floating-point and special instructions that a thread cannot do without for one unit."""
     trips: tuple[float, ...]
-    """How often each loop runs on average, within one run of the loop around it; in order of their first instructions."""
+    """How often each loop runs, on average, in one run of the loop around it; in order of their first instructions."""
     bytes: int
     """Bytes the grid must read and write, each once."""
     matrix: int = 0

@@ -70,4 +70,30 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
                 walk(shape.side, k, tile), tensors * outputs * wide,
             )
         )  # fmt: skip
+    return result + (_norm_cases(shape, dtype, wide) if shape.gated else [])
+
+
+def _norm_cases(shape: Shape, dtype: str, wide: int) -> list[Case]:
+    d = shape.hidden // 2
+    tile = conv.norm_constants(d)
+    tokens = shape.batch * shape.length
+    result = []
+    # Arithmetic a number: two sums, the mean's and the deviation's subtraction and product, and weight and bias; back
+    # two sums and three multiply-adds more, and those of the gradients of weight and bias.
+    for kernel, steps, arithmetic, tensors in (
+        (conv.normalize_tokens, 1, 5, 2),
+        (conv.normalize_tokens_backward, conv.NORM_STEPS, 12, 3),
+    ):
+        types = {name: "*fp32" for name in kernel.arg_names} | {"tokens": "i32"}
+        types |= {name: f"*{dtype}" for name in ("x", "y", "grad", "grad_x")}
+        constants = {**tile, "channels": d, "stride": 2 * d} | ({} if steps == 1 else {"STEPS": steps})
+        units = tokens * d
+        result.append(
+            Case(
+                kernel, kernel.__name__, types, constants, conv.NORM_WARPS,
+                cdiv(tokens, steps * tile["TOKENS"]), "number", units,
+                steps * tile["TOKENS"] * tile["WIDTH"] / (32 * conv.NORM_WARPS), arithmetic,
+                () if steps == 1 else (steps,), tensors * units * wide,
+            )
+        )  # fmt: skip
     return result

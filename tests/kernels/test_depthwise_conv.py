@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambair_ds.kernels.depthwise_conv import depthwise_conv
 
-EPILOGUES = ["none", "gelu_residual", "sigmoid_gate", "gate"]
+EPILOGUES = ["none", "gelu_residual", "sigmoid_gate", "gate", "norm_gate"]
 
 
 def make_inputs(shape: tuple[int, int, int, int], k: int, epilogue: str, dtype: torch.dtype = torch.float32) -> dict:
@@ -22,16 +22,33 @@ def make_inputs(shape: tuple[int, int, int, int], k: int, epilogue: str, dtype: 
         "bias": torch.randn(channels, generator=generator),
         "epilogue": epilogue,
     }
-    if epilogue == "gate":
+    if epilogue == "norm_gate":
+        inputs["x"] = 3 * inputs["x"] + 1  # the norm has something to do
+        inputs["norm_weight"] = torch.randn(channels, generator=generator)
+        inputs["norm_bias"] = torch.randn(channels, generator=generator)
+    if epilogue in ("gate", "norm_gate"):
         inputs["gate"] = torch.randn(*shape[:3], 2 * channels, generator=generator).to(dtype).chunk(2, -1)[0]
     return inputs
+
+
+def apply(inputs: dict, backend: str) -> Tensor:
+    inputs = dict(inputs)
+    if "norm_weight" in inputs:
+        inputs["norm"] = inputs.pop("norm_weight"), inputs.pop("norm_bias")
+    return depthwise_conv(**inputs, backend=backend)
+
+
+def operands(inputs: dict) -> tuple:
+    """As the registered operators take them, which call the norm's epilogue as that without."""
+    names = ("x", "weight", "bias", "gate", "norm_weight", "norm_bias")
+    return *(inputs.get(name) for name in names), inputs["epilogue"].removeprefix("norm_")
 
 
 def run(inputs: dict, backend: str) -> dict[str, Tensor]:
     """The result and the gradients of all inputs, by name, for a fixed gradient of the result."""
     inputs = {name: x.detach().requires_grad_() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-    y = depthwise_conv(**inputs, backend=backend)
+    y = apply(inputs, backend)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     return {"y": y.detach(), **dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), grad_y), strict=True))}
 
@@ -46,19 +63,20 @@ def assert_matches_reference(inputs: dict, backend: str, tolerance: float) -> No
     expected = run(convert(inputs, lambda x: x.double()), "reference")
     for name, value in actual.items():
         assert value.dtype == (inputs["x"].dtype if name == "y" else inputs[name].dtype), name
-        error = ((value.double() - expected[name]).abs().max() / expected[name].abs().max()).item()
-        assert error <= tolerance, f"{name} is off by {error:.1e} of its largest value"
+        error, largest = (value.double() - expected[name]).abs().max().item(), expected[name].abs().max().item()
+        assert error <= tolerance * largest, f"{name} is off by {error:.1e}, its largest value is {largest:.1e}"
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_reference_gradients_equal_finite_differences(epilogue: str) -> None:
     inputs = convert(make_inputs((1, 3, 2, 2), 3, epilogue), lambda x: x.double().requires_grad_())
-    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+    names = [name for name, x in inputs.items() if isinstance(x, Tensor)]
+    tensors = [inputs[name] for name in names]
 
-    def apply(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None = None) -> Tensor:
-        return depthwise_conv(x, weight, bias, epilogue, gate, backend="reference")
+    def function(*tensors: Tensor) -> Tensor:
+        return apply({**dict(zip(names, tensors, strict=True)), "epilogue": epilogue}, "reference")
 
-    assert torch.autograd.gradcheck(apply, tensors)
+    assert torch.autograd.gradcheck(function, tensors)
 
 
 def test_reference_is_the_sum_over_the_kernel() -> None:
@@ -70,13 +88,13 @@ def test_reference_is_the_sum_over_the_kernel() -> None:
             for i in range(max(0, row - 1), min(4, row + 2)):
                 for j in range(max(0, column - 1), min(3, column + 2)):
                     expected[0, row, column] += weight[:, 0, i - row + 1, j - column + 1] * x[0, i, j]
-    torch.testing.assert_close(depthwise_conv(**inputs, backend="reference"), expected)
+    torch.testing.assert_close(apply(inputs, "reference"), expected)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize(
     ("shape", "k"),
-    [((2, 1, 1, 1), 1), ((2, 17, 35, 87), 5), ((1, 5, 3, 48), 3), ((1, 33, 9, 174), 3), ((1, 4, 4, 3), 7)],
+    [((2, 1, 1, 3), 1), ((2, 17, 35, 87), 5), ((1, 5, 3, 48), 3), ((1, 33, 9, 174), 3), ((1, 4, 4, 3), 7)],
 )
 def test_cpu_gradients_equal_the_reference(shape: tuple[int, int, int, int], k: int, epilogue: str) -> None:
     assert_matches_reference(make_inputs(shape, k, epilogue), "torch", 1e-5)
@@ -105,7 +123,15 @@ def test_triton_walks_across_tiles_and_blocks_of_channels(device: str) -> None:
     assert_matches_reference(convert(inputs, lambda x: x.to(device)), "triton", 1e-5)
 
 
-@pytest.mark.parametrize(("backend", "epilogue", "k"), [("torch", "gelu_residual", 5), ("triton", "gelu_residual", 3)])
+@pytest.mark.parametrize(
+    ("backend", "epilogue", "k"),
+    [
+        ("torch", "gelu_residual", 5),
+        ("torch", "norm_gate", 5),
+        ("triton", "gelu_residual", 3),
+        ("triton", "norm_gate", 3),
+    ],
+)
 def test_bfloat16_in_and_out_with_float32_sums(backend: str, epilogue: str, k: int, device: str) -> None:
     inputs = make_inputs((1, 4, 5, 6), k, epilogue, torch.bfloat16)
     inputs = convert(inputs, lambda x: x.to(device if backend == "triton" else "cpu"))
@@ -126,7 +152,7 @@ def test_gelu_is_the_exact_one_in_its_tails(device: str) -> None:
         assert abs(grad.item() - slope.item()) <= 5e-7
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", EPILOGUES[:-1])  # PyTorch's norm adds its weight's gradient by threads
 def test_cpu_results_do_not_depend_on_batch_threads_or_time(epilogue: str) -> None:
     inputs = make_inputs((3, 20, 35, 70), 5, epilogue)
     threads = torch.get_num_threads()
@@ -144,7 +170,7 @@ def test_cpu_results_do_not_depend_on_batch_threads_or_time(epilogue: str) -> No
     for i in range(3):
         sample = convert(inputs, lambda x, i=i: (x[i : i + 1] if x.shape[0] == 3 else x).detach().requires_grad_())
         tensors = [x for x in sample.values() if isinstance(x, Tensor)]
-        y = depthwise_conv(**sample, backend="torch")
+        y = apply(sample, "torch")
         assert torch.equal(y, together["y"][i : i + 1])
         singles.append(torch.autograd.grad(y, tensors, grad_y[i : i + 1]))
     for k, name in enumerate(name for name in inputs if name != "epilogue"):
@@ -154,7 +180,7 @@ def test_cpu_results_do_not_depend_on_batch_threads_or_time(epilogue: str) -> No
 
 
 def test_two_triton_runs_agree_to_the_bit(device: str) -> None:
-    inputs = convert(make_inputs((2, 3, 6, 5), 3, "gate"), lambda x: x.to(device))
+    inputs = convert(make_inputs((2, 3, 6, 5), 3, "norm_gate"), lambda x: x.to(device))
     first, second = run(inputs, "triton"), run(inputs, "triton")
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -163,17 +189,16 @@ def test_two_triton_runs_agree_to_the_bit(device: str) -> None:
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_cpu_operator_passes_torchs_own_checks(epilogue: str) -> None:
     inputs = convert(make_inputs((1, 4, 3, 2), 3, epilogue), lambda x: x.requires_grad_())
-    depthwise_conv(**inputs, backend="torch")  # registers it
-    arguments = (inputs["x"], inputs["weight"], inputs["bias"], inputs.get("gate"), epilogue)
-    torch.library.opcheck(torch.ops.mambair_ds.depthwise_conv_cpu.default, arguments)
+    apply(inputs, "torch")  # registers it
+    torch.library.opcheck(torch.ops.mambair_ds.depthwise_conv_cpu.default, operands(inputs))
 
 
 def test_triton_operator_passes_torchs_own_checks(device: str) -> None:
-    inputs = convert(make_inputs((1, 2, 2, 2), 3, "gate"), lambda x: x.to(device).requires_grad_())
-    depthwise_conv(**inputs, backend="triton")
+    inputs = convert(make_inputs((1, 2, 2, 2), 3, "norm_gate"), lambda x: x.to(device).requires_grad_())
+    apply(inputs, "triton")
     torch.library.opcheck(
         torch.ops.mambair_ds.depthwise_conv_triton.default,
-        (inputs["x"], inputs["weight"], inputs["bias"], inputs["gate"], "gate"),
+        operands(inputs),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -187,16 +212,22 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        depthwise_conv(**inputs, backend="torch")
+        apply(inputs, "torch")
     assert set(saved) <= {x.data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epilogue": "relu"}, "no epilogue 'relu'; there are none, gelu_residual, sigmoid_gate, gate"),
+        ({"epilogue": "relu"}, "no epilogue 'relu'; there are none, gelu_residual, sigmoid_gate, gate, norm_gate"),
         ({"epilogue": "gate"}, "epilogue 'gate' needs a gate"),
         ({"gate": torch.zeros(1, 4, 3, 2)}, "epilogue 'none' takes no gate"),
+        ({"epilogue": "norm_gate", "gate": torch.zeros(1, 4, 3, 2)}, "epilogue 'norm_gate' needs a norm"),
+        ({"norm": (torch.ones(2), torch.zeros(2))}, "epilogue 'none' takes no norm"),
+        (
+            {"epilogue": "norm_gate", "gate": torch.zeros(1, 4, 3, 2), "norm": (torch.ones(2), torch.zeros(3))},
+            r"norm's bias has shape \(3,\), expected \(2,\)",
+        ),
         ({"epilogue": "gate", "gate": torch.zeros(1, 4, 3, 1)}, r"gate has shape \(1, 4, 3, 1\), but x \(1, 4, 3, 2\)"),
         ({"x": torch.zeros(4, 3, 2)}, r"x has shape \(4, 3, 2\)"),
         ({"weight": torch.zeros(2, 1, 4, 4)}, r"weight has shape \(2, 1, 4, 4\), expected \(2, 1, k, k\), k odd"),

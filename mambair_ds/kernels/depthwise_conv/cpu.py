@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambair_ds.kernels.cpu import jit, run_tasks
-from mambair_ds.kernels.depthwise_conv.operator import make_operator
+from mambair_ds.kernels.depthwise_conv.operator import EPS, make_operator
 from mambair_ds.kernels.selective_scan.cpu import exp2
 
 ROWS = 16
@@ -212,9 +212,26 @@ def differentiate(
     return grad_c.to(x.dtype), extra, grad_kernel, grad_bias
 
 
-_operator = make_operator("depthwise_conv_cpu", convolve, differentiate)
+def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The norm; see `make_operator`."""
+    return torch.native_layer_norm(x.float(), weight.shape, weight, bias, EPS)[0].to(x.dtype)
 
 
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, epilogue: str) -> Tensor:
+def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm's backward pass; see `make_operator`."""
+    wide = x.float()
+    _, mean, deviation = torch.native_layer_norm(wide, weight.shape, weight, None, EPS)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad.float(), wide, weight.shape, mean, deviation, weight, torch.zeros_like(weight), [True, True, True]
+    )
+    return grad_x.to(x.dtype), grad_weight, grad_bias
+
+
+_operator = make_operator("depthwise_conv_cpu", convolve, differentiate, normalize, normalize_backward)
+
+
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, norm: tuple[Tensor, Tensor] | None, epilogue: str
+) -> Tensor:
     """See `mambair_ds.kernels.depthwise_conv.depthwise_conv`."""
-    return _operator(x, weight, bias, gate, epilogue)
+    return _operator(x, weight, bias, gate, *(norm or (None, None)), epilogue.removeprefix("norm_"))

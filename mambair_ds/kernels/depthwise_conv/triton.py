@@ -3,9 +3,9 @@
 A program has `ROWS` and `COLUMNS` of the picture and `WIDTH` of the B·C channels of all samples together, so that a
 few channels waste no lanes. The rows that the kernel covers, and the kernel itself, lie in registers, and every step
 down loads one row more: an output takes k² multiply-adds and (COLUMNS + k - 1) / COLUMNS loads, where a thread for
-each output would take k². Two loops walk: one over k rows at a time, after which the registers of the window are where
-they were, without a mask; then one over single rows that asks for each position whether it is in the picture. The
-second walks what lies at the left, right and lower border; no size need be a multiple of anything.
+each output would take k². Two loops walk: one over `STEPS` rows at a time, without a mask; then one over single rows
+that asks for each position whether it is in the picture. The second walks what lies at the left, right and lower
+border; no size need be a multiple of anything.
 
 Sums are float32. There are no atomics: each program's part of the gradients of kernel and bias goes to its own place
 and is added up in a fixed order, so two runs agree to the bit. docs/kernels.md counts it all.
@@ -19,9 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambair_ds.kernels.depthwise_conv.operator import make_operator
+from mambair_ds.kernels.depthwise_conv.operator import EPS, make_operator
 
 WARPS = 1
+NORM_WARPS = 4
+NORM_STEPS = 4
+"""How many tiles of tokens a program of `normalize_tokens_backward` takes."""
+
+NORM_EPS = tl.constexpr(EPS)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -42,9 +47,9 @@ def _gelu(x):
 
 @triton.jit
 def _gelu_slope(x):
-    """GELU's derivative within 2e-7: h below 0, 1 - h above, where h / (0.75.. - |x|) is 2 to the power of a polynomial.
+    """GELU's derivative within 2e-7: h(-x) below 0, 1 - h(x) above, where h(t) = Φ(-t) - t φ(t).
 
-    h(t) = Φ(-t) - t φ(t) is 0 at 0.75...
+    h is 0 at 0.7518, and h(t) / (0.7518 - t) is positive: its logarithm is a polynomial.
     """
     t = tl.abs(x)
     p = -1.9199096979011044e-05 * t + 0.00034553037965406115
@@ -115,7 +120,7 @@ def _load_kernel(kernel, channels: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _unmasked(row, end, column, height, width, K: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):
-    """How often K rows can be walked from `row` on without touching the left, right or lower border."""
+    """How often STEPS rows can be walked from `row` on without touching the left, right or lower border."""
     across = (column >= K // 2) & (column + COLUMNS + K // 2 <= width)
     return tl.where(across, tl.maximum(tl.minimum(end, height - K // 2) - row, 0) // STEPS, 0)
 
@@ -155,7 +160,8 @@ def _convolve_row(
 def convolve_tiles(
     x, kernel, bias, other, y, batch, height, width,
     channels: tl.constexpr, x_stride: tl.constexpr, other_stride: tl.constexpr,
-    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """y, (B, H, W, C), of x and other, whose positions are `x_stride` and `other_stride` elements apart."""
     sample, d, exists, row, column = _place(batch, height, width, channels, ROWS, COLUMNS, WIDTH)
@@ -233,7 +239,8 @@ def _differentiate_row(
 def differentiate_tiles(
     grad, x, kernel, bias, gate, grad_c, extra, part_kernel, part_bias, batch, height, width,
     channels: tl.constexpr, x_stride: tl.constexpr, gate_stride: tl.constexpr,
-    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    K: tl.constexpr, EPILOGUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of c, what else needs c, and this tile's part of the gradients of kernel and bias.
 
@@ -288,6 +295,55 @@ def differentiate_tiles(
         tl.store(part_kernel + (part * (K * K) + i) * channels + d, sums[i], mask=exists)
 
 
+@triton.jit
+def _normalize(x, in_d, channels: tl.constexpr):
+    """x less its mean over its deviation, along the channels, and 1 over the deviation."""
+    x = tl.where(in_d, x - tl.sum(x, 1)[:, None] * (1.0 / channels), 0.0)
+    scale = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / channels) + NORM_EPS)[:, None]
+    return x * scale, scale
+
+
+@triton.jit
+def normalize_tokens(
+    x, weight, bias, y, tokens,
+    channels: tl.constexpr, stride: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """y, (tokens, C), the LayerNorm of x, whose tokens are `stride` elements apart."""
+    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    d = tl.arange(0, WIDTH)[None, :]
+    inside = (token < tokens) & (d < channels)
+    value, _ = _normalize(_load(x + token * stride + d, inside, True), d < channels, channels)
+    value = value * _load(weight + d, d < channels, True) + _load(bias + d, d < channels, True)
+    tl.store(y + token * channels + d, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normalize_tokens_backward(
+    grad, x, weight, grad_x, parts, tokens,
+    channels: tl.constexpr, stride: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, and this program's part of those of weight and bias, in `parts` (programs, 2, C), float32."""
+    d = tl.arange(0, WIDTH)[None, :]
+    scale = _load(weight + d, d < channels, True)
+    grad_weight = tl.zeros((TOKENS, WIDTH), tl.float32)
+    grad_bias = tl.zeros((TOKENS, WIDTH), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * (STEPS * TOKENS)
+    for i in range(STEPS):
+        token = (first + i * TOKENS + tl.arange(0, TOKENS))[:, None]
+        inside = (token < tokens) & (d < channels)
+        normal, deviation = _normalize(_load(x + token * stride + d, inside, True), d < channels, channels)
+        g = _load(grad + token * channels + d, inside, True)
+        grad_weight += g * normal
+        grad_bias += g
+        g *= scale
+        mean, slope = tl.sum(g, 1)[:, None] * (1.0 / channels), tl.sum(g * normal, 1)[:, None] * (1.0 / channels)
+        g = (g - mean - normal * slope) * deviation
+        tl.store(grad_x + token * channels + d, g.to(grad_x.dtype.element_ty), mask=inside)
+    parts += tl.program_id(0) * (2 * channels) + tl.arange(0, WIDTH)
+    tl.store(parts, tl.sum(grad_weight, 0), mask=tl.arange(0, WIDTH) < channels)
+    tl.store(parts + channels, tl.sum(grad_bias, 0), mask=tl.arange(0, WIDTH) < channels)
+
+
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """x, and how far its positions are apart; copied unless they are evenly spaced with their channels together."""
     stride = x.stride(2)
@@ -299,6 +355,12 @@ def constants(kernel: str, k: int, epilogue: str) -> dict[str, int | str]:
     """The `tl.constexpr` arguments of the kernel "convolve" or "differentiate" besides channels and strides."""
     tile = {"ROWS": 16, "WIDTH": 64} if kernel == "convolve" else {"ROWS": 32, "WIDTH": 32}
     return {"K": k, "EPILOGUE": epilogue, **tile, "COLUMNS": 4, "STEPS": 2}
+
+
+def norm_constants(channels: int) -> dict[str, int]:
+    """The `tl.constexpr` arguments of the norm's kernels besides channels and strides."""
+    width = triton.next_power_of_2(channels)
+    return {"TOKENS": triton.cdiv(1024, width), "WIDTH": width}
 
 
 def tiles(height: int, width: int, constants: dict) -> int:
@@ -342,9 +404,37 @@ def differentiate(
     return grad_c, extra, part_kernel.sum((0, 1)), part_bias.sum((0, 1))
 
 
-_operator = make_operator("depthwise_conv_triton", convolve, differentiate)
+def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The norm; see `make_operator`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, stride = _rows(x)
+    tokens, tile = x.numel() // x.shape[3], norm_constants(x.shape[3])
+    with torch.cuda.device_of(x):
+        normalize_tokens[triton.cdiv(tokens, tile["TOKENS"]),](
+            x, weight, bias, y, tokens, x.shape[3], stride, **tile, num_warps=NORM_WARPS
+        )
+    return y
 
 
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, epilogue: str) -> Tensor:
+def normalize_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm's backward pass; see `make_operator`."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, stride = _rows(x)
+    tokens, tile = x.numel() // x.shape[3], norm_constants(x.shape[3])
+    programs = triton.cdiv(tokens, tile["TOKENS"] * NORM_STEPS)
+    parts = weight.new_empty(programs, 2, x.shape[3])
+    with torch.cuda.device_of(x):
+        normalize_tokens_backward[programs,](
+            grad, x, weight, grad_x, parts, tokens, x.shape[3], stride, **tile, STEPS=NORM_STEPS, num_warps=NORM_WARPS
+        )
+    return grad_x, parts[:, 0].sum(0), parts[:, 1].sum(0)
+
+
+_operator = make_operator("depthwise_conv_triton", convolve, differentiate, normalize, normalize_backward)
+
+
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, norm: tuple[Tensor, Tensor] | None, epilogue: str
+) -> Tensor:
     """See `mambair_ds.kernels.depthwise_conv.depthwise_conv`."""
-    return _operator(x, weight, bias, gate, epilogue)
+    return _operator(x, weight, bias, gate, *(norm or (None, None)), epilogue.removeprefix("norm_"))
