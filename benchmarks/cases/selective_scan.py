@@ -12,7 +12,8 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
     """The passes of a forward and a backward pass, with an order and a prompt."""
     b, length, d, n, wide = shape.batch, shape.length, shape.hidden, shape.states, 2 if dtype == "bf16" else 4
     segments, tokens = cdiv(length, scan.SEGMENT), b * length
-    pairs = tokens * n * 8
+    pairs = tokens * n * 8  # of numbers of B and C, float32
+    order = tokens * 8
     entering = b * segments * d * n * 4
     states = b * cdiv(length, scan.CHUNK) * d * n * 4
     activation = tokens * d * wide
@@ -21,14 +22,16 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
     chunks = scan.SEGMENT // scan.CHUNK
     # Bytes; arithmetic: the exponent's product, the exponential and the recurrence's multiply-adds; trips of the loops.
     passes: dict[str, tuple[int, int, tuple[int, ...]]] = {
-        "forward_ends": (2 * activation + pairs + entering, 4, (groups,)),
-        "forward_outputs": (3 * activation + pairs + entering + states, 5, (chunks, scan.CHUNK // scan.UNROLL)),
-        "backward_ends": (2 * activation + pairs + entering, 4, (groups,)),
-        "backward_inputs": (5 * activation + pairs + 3 * entering + states + blocks * pairs, 12, (chunks, n)),
+        "forward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
+        "forward_outputs": (3 * activation + pairs + entering + states + order, 5, (chunks, scan.CHUNK // scan.UNROLL)),
+        "backward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
+        "backward_inputs": (5 * activation + pairs + 3 * entering + states + blocks * pairs + order, 12, (chunks, n)),
     }
     activations = {"u", "delta", "y", "grad_y", "grad_u", "grad_delta"}
-    scalars = {"length": "i32", "segments": "i32", "channels": "i32", "BC": "*i64", "order": "*i64"}
-    sizes = {"channels": d, "N": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "UNROLL": scan.UNROLL}
+    activations |= {"B", "C", "prompt", "grad_B", "grad_C", "grad_prompt"}
+    scalars = dict.fromkeys(("length", "segments", "channels", "chunks", "blocks"), "i32") | {"order": "*i64"}
+    scalars |= dict.fromkeys(("sample_B", "row_B", "sample_C", "row_C"), "i32")
+    sizes = {"channels": d, "N": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "UNROLL": scan.UNROLL, "PAD": n}
 
     def types(kernel: Any) -> dict[str, str]:
         return {x: scalars.get(x, f"*{dtype}" if x in activations else "*fp32") for x in kernel.arg_names}
@@ -37,7 +40,13 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
     for name, (moved, arithmetic, trips) in passes.items():
         kernel = getattr(scan, name)
         width = scan.WIDTHS["backward" if name == "backward_inputs" else "forward"]
-        constants = {**sizes, "WIDTH": width, "SOFTPLUS": True, "FULL": length % scan.CHUNK == 0}
+        constants = {
+            **sizes,
+            "WIDTH": width,
+            "SOFTPLUS": True,
+            "FULL": length % scan.CHUNK == 0,
+            "MATRIX": dtype == "bf16",
+        }
         constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
         programs, work = b * segments * cdiv(d, width), tokens * d * n
         result.append(
@@ -46,23 +55,29 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
                 programs, "state update", work, scan.SEGMENT * n * width / (32 * scan.WARPS), arithmetic, trips, moved,
             )
         )  # fmt: skip
-    constants = {"N": n, "WIDTH": 32, "REVERSE": True}
     programs, moved, work = cdiv(d, 32) * n * b, 2 * entering + entering // n, b * segments * d * n
-    carry = scan.carry
     result.append(
         Case(
-            carry,
-            "carry",
-            types(carry),
-            constants,
-            scan.WARPS,
-            programs,
-            "segment",
-            work,
-            segments,
-            3,
-            (segments,),
-            moved,
+            scan.carry, "carry", types(scan.carry), {"N": n, "WIDTH": 32, "REVERSE": True}, scan.WARPS,
+            programs, "segment", work, segments, 3, (segments,), moved,
         )
-    )
+    )  # fmt: skip
+    constants = {"N": n, "PAD": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK}
+    numbers = 2 * tokens * n  # of B and C
+    moved = numbers * (wide + 4 + 4) + numbers // 2 * wide + order
+    result.append(
+        Case(
+            scan.pack, "pack", types(scan.pack), constants, 4,
+            b * segments, "number", numbers, 2 * scan.SEGMENT * n / 128, 0.5, (), moved,
+        )
+    )  # fmt: skip
+    constants = {"N": n, "CHUNK": scan.CHUNK, "STATES": n}
+    moved = blocks * numbers * 4 + numbers * wide + numbers // 2 * wide + order
+    result.append(
+        Case(
+            scan.sum_blocks, "sum_blocks", types(scan.sum_blocks), constants, scan.WARPS,
+            b * length // scan.CHUNK, "partial sum", blocks * numbers, blocks * scan.CHUNK * n / 16,
+            1, (blocks,), moved,
+        )
+    )  # fmt: skip
     return result

@@ -5,9 +5,12 @@ The interpreter takes about a second for a chunk of sixteen positions and two st
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from scan_inputs import assert_matches_reference, make_inputs, make_route, run
 
 from mambair_ds.kernels.selective_scan import selective_scan
+from mambair_ds.kernels.selective_scan.triton import _sum_lanes
 
 
 @pytest.mark.parametrize(
@@ -55,12 +58,43 @@ def test_leaving_out_D_and_bias_means_zero(device: str) -> None:
     torch.testing.assert_close(y, selective_scan(u, delta, A, B, C, backend="reference"), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_in_and_out_with_a_float32_state(device: str) -> None:
-    inputs = [(x if x.ndim < 3 else x.bfloat16()).to(device) for x in make_inputs(1, 20, 7, 2)]
-    result = run(inputs, True, "triton")
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "states"), [(1, 20, 7, 2), pytest.param(2, 4096, 348, 16, marks=pytest.mark.gpu)]
+)
+def test_bfloat16_in_and_out_with_a_float32_state(
+    batch: int, length: int, channels: int, states: int, device: str
+) -> None:
+    prompt, order = make_route(batch, length, states)
+    inputs = [*make_inputs(batch, length, channels, states), prompt]
+    inputs = [(x if x.ndim < 3 else x.bfloat16()).to(device) for x in inputs]
+    result = run(inputs, True, "triton", order.to(device))
     assert [result[name].dtype for name in ("y", "u", "delta", "B", "C")] == [torch.bfloat16] * 5
     assert [result[name].dtype for name in ("A", "D", "delta_bias")] == [torch.float32] * 3
-    assert_matches_reference(inputs, True, "triton", 2**-7)  # the interpreter cuts digits off instead of rounding
+    # The interpreter cuts digits off instead of rounding, and on a GPU the gradients of B and C are sums of TF32.
+    assert_matches_reference(inputs, True, "triton", 2**-7, order.to(device))
+
+
+@triton.jit
+def _sum_eight(values, sums, GROUP: tl.constexpr, MATRIX: tl.constexpr):  # type: ignore[no-untyped-def]
+    lane = tl.arange(0, 32)
+    eight, ones = (), ()
+    for i in tl.static_range(8):
+        eight = eight + (tl.load(values + 32 * i + lane),)  # noqa: RUF005
+        ones = ones + ((lane // 4 == i).to(tl.float32),)  # noqa: RUF005
+    zero = tl.zeros((32,), tl.float32)
+    four = _sum_lanes(eight, (zero, zero, zero, zero), ones, lane, GROUP, MATRIX)
+    tl.store(sums + lane, four[0] + four[2])
+
+
+@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("matrix", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_sums_over_lanes_go_where_they_are_read(matrix: bool, group: int, device: str) -> None:
+    values = torch.randint(-512, 512, (8, 32), generator=torch.Generator().manual_seed(0)).float().to(device)
+    sums = torch.empty(32, device=device)
+    _sum_eight[(1,)](values, sums, GROUP=group, MATRIX=matrix, num_warps=1)
+    expected = torch.zeros(8, 4)
+    expected[:, group] = values.sum(1).cpu()
+    assert torch.equal(sums.cpu().view(8, 4), expected)  # integers below 2^10 are exact in TF32
 
 
 def test_two_runs_agree_to_the_bit(device: str) -> None:

@@ -26,7 +26,36 @@ CHUNK = 16  # positions whose values of one state fit the registers of `backward
 WIDTHS = {"forward": 64, "backward": 32}  # channels of a program, whose one warp loads B and C once for all of them
 UNROLL = 8
 WARPS = 1
-PACKED = 1024  # pairs that a program of `pack` writes
+
+
+def _sum_lanes_in_ptx() -> str:
+    """Eight sums over a warp by its matrix units, which cut their inputs to TF32's ten bits behind the point.
+
+    A product's right side has row c and column g in lane 4 g + c. The first four products (16x8 times 8x8) have two
+    values there, in rows 0-3 and 4-7; their left side's ones put the sum over c of values[i] into row i of the result.
+    Of that, lane 4 g + c gets row g, columns 2 c and 2 c + 1, as a left side has them: rows g and g + 8, column c. So
+    the fifth product (16x4 times 4x8) sums over c again, the even columns in its rows 0-7, the odd ones in 8-15; the
+    ones on its right side put both into one pair of columns, which one lane of each four gets. What the first products
+    have in rows 8-15 is not read.
+    """
+    names = [f"${i}" for i in range(25)]
+    out, values, ones, group, sums = names[:4], names[4:12], names[12:20], names[20], names[21:]
+    lines = [".reg .b32 v<8>, e<8>, s, none<8>; .reg .f32 p<4>;", f"mov.b32 s, {group};"]
+    lines += [f"mov.b32 v{i}, {values[i]}; mov.b32 e{i}, {ones[i]};" for i in range(8)]
+    lines += [f"mov.f32 p{i}, 0f00000000;" for i in range(4)]
+    for i in range(0, 8, 2):
+        lines.append(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+            f"{{p0, p1, p2, p3}}, {{e{i}, none{i}, e{i + 1}, none{i + 1}}}, {{v{i}, v{i + 1}}}, {{p0, p1, p2, p3}};"
+        )
+    lines.append(".reg .b32 q<2>; mov.b32 q0, p0; mov.b32 q1, p1;")
+    lines.append("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32")
+    lines.append(f"{{{', '.join(out)}}}, {{q0, q1}}, {{s}}, {{{', '.join(sums)}}};")
+    return "{" + "\n".join(lines) + "}"
+
+
+SUM_LANES = tl.constexpr(_sum_lanes_in_ptx())
+SUM_LANES_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 21))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -60,11 +89,14 @@ def _load_row(pointer, inside, FULL: tl.constexpr):
 
 
 @triton.jit
-def _row(order, first, k, channels: tl.constexpr, inside, FULL: tl.constexpr):
-    """How far behind its sample's first number the row lies that is position first + k of the sequence."""
+def _row(order, first, k, channels: tl.constexpr, d, inside, FULL: tl.constexpr):
+    """Where in its sample channels d of position first + k of the sequence lie."""
     if order is None:
-        return first * channels + k * channels
-    return (tl.load(order + first + k) if FULL else tl.load(order + first + k, mask=inside, other=0)) * channels
+        at = first * channels + k * channels + d
+    else:
+        token = tl.load(order + first + k) if FULL else tl.load(order + first + k, mask=inside, other=0)
+        at = token.to(tl.int32) * channels + d
+    return at
 
 
 @triton.jit
@@ -74,11 +106,15 @@ def _sample(order, batch, length):
 
 
 @triton.jit
-def _pair(pointer):
-    """Two float32 numbers by one load."""
-    word = tl.load(pointer)
-    low = word.to(tl.int32).to(tl.float32, bitcast=True)
-    return low, (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def _numbers(pointer, COUNT: tl.constexpr):
+    """COUNT numbers as a tuple, the same for all lanes, four by one load; reads up to a multiple of four."""
+    numbers = ()
+    for i in tl.static_range(0, COUNT, 4):
+        even, odd = tl.split(tl.reshape(tl.load(pointer + i + tl.arange(0, 4)), (2, 2)))
+        first, third = tl.split(tl.reshape(even, (1, 2)))
+        second, fourth = tl.split(tl.reshape(odd, (1, 2)))
+        numbers = numbers + (first, second, third, fourth)
+    return numbers
 
 
 @triton.jit
@@ -103,32 +139,41 @@ def _load_states(pointer, channels: tl.constexpr, N: tl.constexpr, SCALE: tl.con
 
 @triton.jit
 def pack(
-    B, C, prompt, order, BC, length, padded, sample_B, row_B, sample_C, row_C, N: tl.constexpr, BLOCK: tl.constexpr
+    B, C, prompt, order, rows, columns, length, sample_B, row_B, sample_C, row_C,
+    N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """B and C + prompt in the sequence's order, 0 behind its end, as pairs of float32 in an int64, `BC` (B, padded, N).
+    """B and C + prompt of a segment as float32 in the sequence's order, 0 behind its end.
 
-    One load brings both. `sample_B` and `row_B` are the distances of B's samples and rows.
+    `rows` is (B, segments, SEGMENT, B and C, PAD), for kernels that take one position after the other, and `columns`
+    (B, segments * chunks of a segment, N, B and C, CHUNK), for one that takes one state after the other; not written
+    if None. `sample_B` and `row_B` are the distances of B's samples and rows.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    position, s = i // N, i % N
-    inside = position < length
+    segment, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    k, s = tl.arange(0, SEGMENT)[:, None], tl.arange(0, PAD)[None, :]
+    position = segment * SEGMENT + k
+    inside = (position < length) & (s < N)
     token = position.to(tl.int64)
     if order is not None:
-        token = tl.load(order + batch * length + position, mask=inside, other=0)
+        token = tl.load(order + batch * length + position, mask=position < length, other=0)
     b = tl.load(B + batch * sample_B + token * row_B + s, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(C + batch * sample_C + token * row_C + s, mask=inside, other=0.0).to(tl.float32)
     if prompt is not None:
         c += tl.load(prompt + (batch * length + position) * N + s, mask=inside, other=0.0).to(tl.float32)
-    low, high = b.to(tl.uint32, bitcast=True).to(tl.int64), c.to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(BC + batch * padded * N + i, low | (high << 32), mask=position < padded)
+    place = (batch * tl.num_programs(0) + segment) * SEGMENT
+    rows += (place + k) * (2 * PAD) + s
+    tl.store(rows, b)
+    tl.store(rows + PAD, c)
+    if columns is not None:
+        columns += ((place + k) // CHUNK * N + s) * (2 * CHUNK) + k % CHUNK
+        tl.store(columns, b, mask=s < N)
+        tl.store(columns + CHUNK, c, mask=s < N)
 
 
 @triton.jit
 def forward_ends(
-    u, delta, A, BC, bias, order, ends, sums, length, segments,
-    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
-    SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+    u, delta, A, rows, bias, order, ends, sums, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """What every segment adds to the state, `ends` (B, segments, N, D), and its ΣΔ, `sums` (B, segments, D)."""
     segment, batch, d, in_d = _place(channels, WIDTH)
@@ -138,7 +183,7 @@ def forward_ends(
     u += batch * length * channels
     delta += batch * length * channels
     order = _sample(order, batch, length)
-    BC += (batch * segments * SEGMENT + start) * N
+    rows += (batch * segments * SEGMENT + start) * (2 * PAD)
     state = ()
     for _s in tl.static_range(N):
         state = state + (tl.zeros((WIDTH,), tl.float32),)
@@ -147,16 +192,16 @@ def forward_ends(
     for group in range(tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)):
         for k in tl.static_range(UNROLL):
             inside = group * UNROLL + k < steps
-            row = _row(order, start + group * UNROLL, k, channels, inside, FULL)
-            dt = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
-            drive = dt * _load_row(u + row + d, inside, FULL)
+            at = _row(order, start + group * UNROLL, k, channels, d, inside, FULL)
+            dt = _step(_load_row(delta + at, inside, FULL) + shift, SOFTPLUS)
+            drive = dt * _load_row(u + at, inside, FULL)
             total += dt
+            b = _numbers(rows + k * (2 * PAD), N)
             new = ()
             for s in tl.static_range(N):
-                b, _c = _pair(BC + k * N + s)
-                new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * b,)
+                new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * b[s],)
             state = new
-        BC += UNROLL * N
+        rows += UNROLL * 2 * PAD
     place = batch * segments + segment
     for s in tl.static_range(N):
         tl.store(ends + (place * N + s) * channels + d, state[s], mask=in_d)
@@ -165,9 +210,9 @@ def forward_ends(
 
 @triton.jit
 def forward_outputs(
-    u, delta, A, BC, D, bias, order, carried, states, y, length, segments,
-    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+    u, delta, A, rows, D, bias, order, carried, states, y, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """y, (B, L, D), from the state that enters each segment; and `states`, that which enters each chunk."""
     segment, batch, d, in_d = _place(channels, WIDTH)
@@ -180,39 +225,43 @@ def forward_outputs(
     delta += batch * length * channels
     y += batch * length * channels
     order = _sample(order, batch, length)
-    BC += (batch * segments * SEGMENT + start) * N
+    rows += (batch * segments * SEGMENT + start) * (2 * PAD)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK) * N * channels
     left = (length - start).to(tl.int32)
     for _ in range(tl.cdiv(tl.minimum(left, SEGMENT), CHUNK)):
         for s in tl.static_range(N):
             tl.store(states + d + s * channels, state[s], mask=in_d)
         for _ in range(CHUNK // UNROLL):
+            places, steps, inputs = (), (), ()  # all loads before the first store: the compiler keeps their order
             for k in tl.static_range(UNROLL):
                 inside = k < left
-                row = _row(order, start, k, channels, inside, FULL)
-                dt = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
-                x = _load_row(u + row + d, inside, FULL)
-                drive = dt * x
-                out = direct * x
+                at = _row(order, start, k, channels, d, inside, FULL)
+                places = places + (at,)
+                steps = steps + (_load_row(delta + at, inside, FULL),)
+                inputs = inputs + (_load_row(u + at, inside, FULL),)
+            for k in tl.static_range(UNROLL):
+                dt = _step(steps[k] + shift, SOFTPLUS)
+                drive = dt * inputs[k]
+                out = direct * inputs[k]
+                b, c = _numbers(rows + k * (2 * PAD), N), _numbers(rows + k * (2 * PAD) + PAD, N)
                 new = ()
                 for s in tl.static_range(N):
-                    b, c = _pair(BC + k * N + s)
-                    h = tl.exp2(dt * rates[s]) * state[s] + drive * b
-                    out += h * c
+                    h = tl.exp2(dt * rates[s]) * state[s] + drive * b[s]
+                    out += h * c[s]
                     new = new + (h,)
                 state = new
-                tl.store(y + row + d, out.to(y.dtype.element_ty), mask=in_d if FULL else in_d & inside)
+                tl.store(y + places[k], out.to(y.dtype.element_ty), mask=in_d if FULL else in_d & (k < left))
             start += UNROLL
-            BC += UNROLL * N
+            rows += UNROLL * 2 * PAD
             left -= UNROLL
         states += N * channels
 
 
 @triton.jit
 def backward_ends(
-    grad_y, delta, A, BC, bias, order, ends, sums, length, segments,
-    channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr, WIDTH: tl.constexpr,
-    SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+    grad_y, delta, A, rows, bias, order, ends, sums, length, segments,
+    channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The mirror of `forward_ends`: what every segment adds to r at its first position, and its ΣΔ."""
     segment, batch, d, in_d = _place(channels, WIDTH)
@@ -225,24 +274,24 @@ def backward_ends(
     grad_y += batch * length * channels
     delta += batch * length * channels
     order = _sample(order, batch, length)
-    BC += (batch * segments * SEGMENT + first) * N
+    rows += (batch * segments * SEGMENT + first) * (2 * PAD)
     state = ()
     for _s in tl.static_range(N):
         state = state + (tl.zeros((WIDTH,), tl.float32),)
     total = tl.zeros((WIDTH,), tl.float32)
     for i in range(groups):
         first -= UNROLL
-        BC -= UNROLL * N
+        rows -= UNROLL * 2 * PAD
         for k in tl.static_range(UNROLL - 1, -1, -1):
             inside = (groups - 1 - i) * UNROLL + k < steps
-            row = _row(order, first, k, channels, inside, FULL)
-            dt = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
-            gy = _load_row(grad_y + row + d, inside, FULL)
+            at = _row(order, first, k, channels, d, inside, FULL)
+            dt = _step(_load_row(delta + at, inside, FULL) + shift, SOFTPLUS)
+            gy = _load_row(grad_y + at, inside, FULL)
             total += dt
+            c = _numbers(rows + k * (2 * PAD) + PAD, N)
             new = ()
             for s in tl.static_range(N):
-                _b, c = _pair(BC + k * N + s)
-                new = new + (tl.exp2(dt * rates[s]) * (state[s] + gy * c),)
+                new = new + (tl.exp2(dt * rates[s]) * (state[s] + gy * c[s]),)
             state = new
     place = batch * segments + segment
     for s in tl.static_range(N):
@@ -277,23 +326,34 @@ def _fold(x, y, lane, BIT: tl.constexpr):
 
 
 @triton.jit
-def _fold_all(values, lane, COUNT: tl.constexpr):
-    """The first steps of COUNT sums over lanes; lane l has a part of that of values[l % COUNT]."""
-    for level in tl.static_range(5):
-        if COUNT >> level > 1:
-            halved = ()
-            for j in tl.static_range(COUNT >> (level + 1)):
-                halved = halved + (_fold(values[2 * j], values[2 * j + 1], lane, 1 << level),)
-            values = halved
-    return values[0]
+def _sum_lanes(values, sums, ones, lane, GROUP: tl.constexpr, MATRIX: tl.constexpr):
+    """Sums of eight values over a warp's 32 lanes: that of values[i] goes to lane 4 i + GROUP of sums[0] + sums[2].
+
+    `sums` come from the calls for other groups, 0 at first; ones[i] is 1 in lanes 4 i to 4 i + 3 and 0 elsewhere.
+    With MATRIX by the matrix units, in TF32: enough where sums end as 16-bit numbers. Without, in float32 by folding.
+    """
+    if MATRIX:
+        return tl.inline_asm_elementwise(
+            SUM_LANES, SUM_LANES_OPERANDS, values + ones + ((lane // 8 == GROUP).to(tl.float32),) + sums,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    for level in tl.static_range(3):
+        folded = ()
+        for j in tl.static_range(4 >> level):
+            folded = folded + (_fold(values[2 * j], values[2 * j + 1], lane, 4 << level),)
+        values = folded
+    total = values[0]
+    total += tl.gather(total, lane ^ 1, 0)
+    total += tl.gather(total, lane ^ 2, 0)
+    return tl.where(lane % 4 == GROUP, total, sums[0]), sums[1], sums[2], sums[3]
 
 
 @triton.jit
 def backward_inputs(
-    grad_y, u, delta, A, BC, D, bias, order, states, grad_states,
+    grad_y, u, delta, A, columns, D, bias, order, states, grad_states,
     grad_u, grad_delta, part_A, part_BC, part_D, part_bias, length, segments,
     channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
-    SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, FULL: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     """All gradients from the state that enters each chunk and the r that enters each segment.
 
@@ -304,6 +364,9 @@ def backward_inputs(
     """
     segment, batch, d, in_d = _place(channels, WIDTH)
     lane = tl.arange(0, WIDTH)
+    ones = ()
+    for j in tl.static_range(8):
+        ones = ones + ((lane // 4 == j).to(tl.float32),)
     shift = _load(bias + d)
     direct = _load(D + d)
     start = segment * SEGMENT
@@ -318,7 +381,7 @@ def backward_inputs(
     grad_u += batch * length * channels
     grad_delta += batch * length * channels
     order = _sample(order, batch, length)
-    BC += (place * SEGMENT + chunks * CHUNK) * N
+    columns += (place * SEGMENT + chunks * CHUNK) * (2 * N)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK + chunks) * N * channels
     grad_states += place * N * channels
     part_A += place * N * channels
@@ -329,37 +392,41 @@ def backward_inputs(
     for i in range(chunks):
         first -= CHUNK
         states -= N * channels
-        BC -= CHUNK * N
+        columns -= CHUNK * 2 * N
         part_BC -= CHUNK * 2 * N
         left = steps - (chunks - 1 - i) * CHUNK
         dt, drive, gy, g_dt, g_drive = (), (), (), (), ()
         for k in tl.static_range(CHUNK):
             inside = k < left
-            row = _row(order, first, k, channels, inside, FULL)
-            step = _step(_load_row(delta + row + d, inside, FULL) + shift, SOFTPLUS)
+            at = _row(order, first, k, channels, d, inside, FULL)
+            step = _step(_load_row(delta + at, inside, FULL) + shift, SOFTPLUS)
             dt = dt + (step,)
             # Channels that do not exist stay out of the sums over channels: their drive and states are 0.
-            drive = drive + (tl.where(in_d, step * _load_row(u + row + d, inside, FULL), 0.0),)
-            gy = gy + (_load_row(grad_y + row + d, inside, FULL),)
+            drive = drive + (tl.where(in_d, step * _load_row(u + at, inside, FULL), 0.0),)
+            gy = gy + (_load_row(grad_y + at, inside, FULL),)
             g_dt = g_dt + (tl.zeros((WIDTH,), tl.float32),)
             g_drive = g_drive + (tl.zeros((WIDTH,), tl.float32),)
+        ahead = tl.load(states + d, mask=in_d, other=0.0)
         for s in range(0, N):
+            h = ahead  # loaded one turn early, as it comes from afar
+            ahead = tl.load(states + d + (s + 1) * channels, mask=in_d & (s + 1 < N), other=0.0)
             rate = _load(A + s * channels + d) * LOG2E
-            h = tl.load(states + d + s * channels, mask=in_d, other=0.0)
             r = _load(grad_states + d + s * channels)
             g_rate = _load(part_A + d + s * channels)
-            decays, kept, inner, b, c = (), (), (), (), ()
+            zero = tl.zeros((WIDTH,), tl.float32)
+            sums = (zero, zero, zero, zero)
+            b, c = _numbers(columns + s * (2 * CHUNK), CHUNK), _numbers(columns + s * (2 * CHUNK) + CHUNK, CHUNK)
+            decays, kept, inner = (), (), ()
             for k in tl.static_range(CHUNK):
-                b_k, c_k = _pair(BC + k * N + s)
-                b = b + (b_k,)
-                c = c + (c_k,)
                 decay = tl.exp2(dt[k] * rate)
                 h *= decay
                 decays = decays + (decay,)
                 kept = kept + (h,)  # what the position keeps of the state before it
-                h += drive[k] * b_k
+                h += drive[k] * b[k]
                 inner = inner + (gy[k] * h,)
-            sums_C = _fold_all(inner, lane, CHUNK)
+                if k % 8 == 7:
+                    sums = _sum_lanes(inner, sums, ones, lane, k // 8, MATRIX)
+                    inner = ()
             new_g_dt, new_g_drive, inner = (), (), ()
             for k in tl.static_range(CHUNK - 1, -1, -1):
                 q = r + c[k] * gy[k]
@@ -369,24 +436,30 @@ def backward_inputs(
                 g_rate += g * dt[k]
                 new_g_dt = (g_dt[k] + g * rate,) + new_g_dt
                 new_g_drive = (g_drive[k] + q * b[k],) + new_g_drive
+                if k % 8 == 0:
+                    sums = _sum_lanes(inner, sums, ones, lane, 2 + k // 8, MATRIX)
+                    inner = ()
             g_dt, g_drive = new_g_dt, new_g_drive
-            sums = _fold(_fold_all(inner, lane, CHUNK), sums_C, lane, CHUNK)
-            tl.store(part_BC + s * (2 * CHUNK) + lane, sums)
+            tl.store(part_BC + s * (2 * CHUNK) + lane, sums[0] + sums[2])
             tl.store(grad_states + d + s * channels, r, mask=in_d)
             tl.store(part_A + d + s * channels, g_rate, mask=in_d)
+        places, of_u, of_delta = (), (), ()  # again all loads before the first store
         for k in tl.static_range(CHUNK):
             inside = k < left
-            row = _row(order, first, k, channels, inside, FULL)
-            inside = in_d if FULL else in_d & inside
-            x = _load_row(u + row + d, inside, FULL)
+            at = _row(order, first, k, channels, d, inside, FULL)
+            x = _load_row(u + at, inside, FULL)
             g = g_dt[k] * LN2 + g_drive[k] * x
             if SOFTPLUS:  # the derivative of Δ = log(1 + e^x) is e^(x - Δ)
-                g *= tl.exp2((_load_row(delta + row + d, inside, FULL) + shift - dt[k]) * LOG2E)
-            tl.store(grad_delta + row + d, g.to(grad_delta.dtype.element_ty), mask=inside)
-            g_x = g_drive[k] * dt[k] + direct * gy[k]
-            tl.store(grad_u + row + d, g_x.to(grad_u.dtype.element_ty), mask=inside)
+                g *= tl.exp2((_load_row(delta + at, inside, FULL) + shift - dt[k]) * LOG2E)
+            places = places + (at,)
+            of_u = of_u + (g_drive[k] * dt[k] + direct * gy[k],)
+            of_delta = of_delta + (g,)
             g_direct += gy[k] * x
             g_shift += g
+        for k in tl.static_range(CHUNK):
+            inside = in_d if FULL else in_d & (k < left)
+            tl.store(grad_delta + places[k], of_delta[k].to(grad_delta.dtype.element_ty), mask=inside)
+            tl.store(grad_u + places[k], of_u[k].to(grad_u.dtype.element_ty), mask=inside)
     tl.store(part_D + place * channels + d, g_direct, mask=in_d)
     tl.store(part_bias + place * channels + d, g_shift, mask=in_d)
 
@@ -401,11 +474,12 @@ def sum_blocks(
     s, k = tl.arange(0, STATES)[:, None], tl.arange(0, CHUNK)[None, :]
     part_BC += (batch * chunks + chunk) * (2 * N * CHUNK)
     in_N = (s < N) & (k < CHUNK)
+    lane = 4 * (k % 8) + k // 8  # where `_sum_lanes` puts the numbers of C; those of B lie two further
     g_B = tl.zeros((STATES, CHUNK), tl.float32)
     g_C = tl.zeros((STATES, CHUNK), tl.float32)
     for _ in range(blocks):
-        g_B += tl.load(part_BC + s * (2 * CHUNK) + k, mask=in_N, other=0.0)
-        g_C += tl.load(part_BC + s * (2 * CHUNK) + CHUNK + k, mask=in_N, other=0.0)
+        g_B += tl.load(part_BC + s * (2 * CHUNK) + lane + 2, mask=in_N, other=0.0)
+        g_C += tl.load(part_BC + s * (2 * CHUNK) + lane, mask=in_N, other=0.0)
         part_BC += tl.num_programs(1).to(tl.int64) * chunks * (2 * N * CHUNK)
     position = chunk * CHUNK + k
     inside = in_N & (position < length)
@@ -418,15 +492,26 @@ def sum_blocks(
     tl.store(grad_C + token * N + s, g_C.to(grad_C.dtype.element_ty), mask=inside)
 
 
-def _pack(B: Tensor, C: Tensor, prompt: Tensor | None, order: Tensor | None, segments: int) -> Tensor:
+def _pack(
+    B: Tensor, C: Tensor, prompt: Tensor | None, order: Tensor | None, segments: int, *, columns: bool
+) -> tuple[Tensor, Tensor | None]:
     """See `pack`."""
     batch, length, states = B.shape
     B, C = (x if x.stride(2) == 1 else x.contiguous() for x in (B, C))
-    pairs = B.new_empty(batch, segments * SEGMENT, states, dtype=torch.int64)
-    grid = (triton.cdiv(segments * SEGMENT * states, PACKED), batch)
-    strides = (B.stride(0), B.stride(1), C.stride(0), C.stride(1))
-    pack[grid](B, C, prompt, order, pairs, length, segments * SEGMENT, *strides, N=states, BLOCK=PACKED, num_warps=4)
-    return pairs
+    pad = _pad(states)
+    by_row = B.new_empty(batch, segments, SEGMENT, 2, pad, dtype=torch.float32)
+    by_column = (
+        B.new_empty(batch, segments * SEGMENT // CHUNK, states, 2, CHUNK, dtype=torch.float32) if columns else None
+    )
+    pack[segments, batch](
+        B, C, prompt, order, by_row, by_column, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+        N=states, PAD=pad, SEGMENT=SEGMENT, CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
+    return by_row, by_column
+
+
+def _pad(states: int) -> int:
+    return max(4, triton.next_power_of_2(states))
 
 
 def _carry(rates: Tensor, ends: Tensor, sums: Tensor, reverse: bool) -> None:
@@ -458,19 +543,14 @@ def forward(
     y = torch.empty_like(u)
     width = WIDTHS["forward"]
     grid = (segments * triton.cdiv(channels, width), batch)
-    sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
-    sizes |= {
-        "UNROLL": UNROLL,
-        "WIDTH": width,
-        "SOFTPLUS": delta_softplus,
-        "FULL": length % CHUNK == 0,
-        "num_warps": WARPS,
-    }
+    sizes = {"length": length, "segments": segments, "channels": channels, "SEGMENT": SEGMENT, "UNROLL": UNROLL}
+    sizes |= {"N": A.shape[1], "PAD": _pad(A.shape[1]), "WIDTH": width, "num_warps": WARPS}
+    sizes |= {"SOFTPLUS": delta_softplus, "FULL": length % CHUNK == 0}
     with torch.cuda.device_of(u):
-        BC = _pack(B, C, prompt, order, segments)
-        forward_ends[grid](u, delta, rates, BC, delta_bias, order, entering, sums, **sizes)
+        rows, _ = _pack(B, C, prompt, order, segments, columns=False)
+        forward_ends[grid](u, delta, rates, rows, delta_bias, order, entering, sums, **sizes)
         _carry(rates, entering, sums, reverse=False)
-        forward_outputs[grid](u, delta, rates, BC, D, delta_bias, order, entering, states, y, CHUNK=CHUNK, **sizes)
+        forward_outputs[grid](u, delta, rates, rows, D, delta_bias, order, entering, states, y, CHUNK=CHUNK, **sizes)
     return y, states
 
 
@@ -502,25 +582,17 @@ def backward(
     sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
     sizes |= {"SOFTPLUS": delta_softplus, "FULL": length % CHUNK == 0, "num_warps": WARPS}
     with torch.cuda.device_of(u):
-        BC = _pack(B, C, prompt, order, segments)
+        rows, columns = _pack(B, C, prompt, order, segments, columns=True)
         grid = (segments * triton.cdiv(channels, WIDTHS["forward"]), batch)
         backward_ends[grid](
-            grad_y,
-            delta,
-            rates,
-            BC,
-            delta_bias,
-            order,
-            grad_states,
-            sums,
-            UNROLL=UNROLL,
-            WIDTH=WIDTHS["forward"],
-            **sizes,
-        )
+            grad_y, delta, rates, rows, delta_bias, order, grad_states, sums,
+            PAD=_pad(A.shape[1]), UNROLL=UNROLL, WIDTH=WIDTHS["forward"], **sizes,
+        )  # fmt: skip
         _carry(rates, grad_states, sums, reverse=True)
         backward_inputs[segments * blocks, batch](
-            grad_y, u, delta, rates, BC, D, delta_bias, order, states, grad_states,
-            grad_u, grad_delta, part_A, part_BC, part_D, part_bias, CHUNK=CHUNK, WIDTH=width, **sizes,
+            grad_y, u, delta, rates, columns, D, delta_bias, order, states, grad_states,
+            grad_u, grad_delta, part_A, part_BC, part_D, part_bias,
+            CHUNK=CHUNK, WIDTH=width, MATRIX=u.is_cuda and u.element_size() == 2, **sizes,
         )  # fmt: skip
         grad_B, grad_C, *grad_prompt = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C, prompt) if x is not None
@@ -549,5 +621,7 @@ def selective_scan(
     order: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    """See `mambair_ds.kernels.selective_scan.selective_scan`."""
+    """See `mambair_ds.kernels.selective_scan.selective_scan`; a sample of 2^31 numbers or more is a ValueError."""
+    if u.shape[1] * u.shape[2] >= 2**31:
+        raise ValueError(f"selective_scan: a sample of shape {tuple(u.shape[1:])} has 2^31 numbers or more")
     return _operator(u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus)[0]
