@@ -5,10 +5,10 @@ The norm is folded into the weights: with x̂ = (x - mean) / deviation, LayerNor
 `multiply_rows` keeps its rows' x̂ as tiles, and walks over the outputs.
 
 Backward, with g the gradient of the result and a the product, `differentiate_rows` walks over the outputs in the same
-way: g' = g · GELU'(a), g' · W γ collected for all of x's channels, and at the end the norm's derivative. What it
-writes beside the gradient of x, g' and the rows' statistics, goes to `differentiate_weight`, which
-computes P = g'ᵀ · (x̂, 1) for ranges of rows. All parameters' gradients are small sums over P: of the bias P's last
-column p, of W it is P γ + p β, of γ and β the sums of W P and W p over outputs.
+way: g' = g · GELU'(a), g' · W γ collected for all of x's channels, and at the end the norm's derivative. g', which it
+writes where it is not g, goes to `differentiate_weight`, which computes P = g'ᵀ · (x̂, 1) for ranges of rows.
+All parameters' gradients are small sums over P: of the bias P's last column p, of W it is P γ + p β, of γ and β the
+sums of W P and W p over outputs.
 
 Sums are float32. There are no atomics: parts are added up in a fixed order, so two runs agree to the bit.
 """
@@ -27,11 +27,12 @@ from torch import Tensor
 from mambair_ds.kernels.linear import reference
 from mambair_ds.kernels.linear.operator import make_operator
 
-TILE = 64
-"""Channels of a tile, in and out."""
+HEIGHT = 64
+"""A multiple of the outputs of every step, to which the packed weight is filled up."""
 PACK_WARPS = 1
+NARROW = 192
 GROUP = 3
-"""Tiles of outputs, and of inputs, whose gradient a program of `differentiate_weight` has in registers."""
+"""Tiles of x's channels, at most, whose sums a program of `differentiate_weight` has in registers."""
 PROGRAMS = 132
 """How many programs `differentiate_weight` is divided into, about; a constant, as sums depend on it."""
 LARGEST = 512
@@ -45,27 +46,27 @@ class Plan(NamedTuple):
     """Of a program, or of one step of `differentiate_weight`."""
     outputs: int
     """Of one step, or of a program of `differentiate_weight`."""
+    tile: int
+    """Channels of x that are multiplied at once."""
     warps: int
     stages: int
     """Steps whose loads are in flight or in use at once."""
 
 
 PLANS = {
-    ("multiply", "narrow"): Plan(128, 64, 8, 2),
-    ("multiply", "wide"): Plan(128, 32, 8, 2),
-    ("multiply", "float32"): Plan(64, 32, 4, 1),
-    ("differentiate", "narrow"): Plan(128, 32, 8, 2),
-    ("differentiate", "wide"): Plan(64, 32, 8, 2),
-    ("differentiate", "float32"): Plan(64, 32, 8, 1),
-    ("weight", "narrow"): Plan(64, 128, 8, 2),
-    ("weight", "wide"): Plan(64, 128, 8, 2),
-    ("weight", "float32"): Plan(32, 64, 8, 1),
+    ("multiply", "narrow"): Plan(128, 64, 64, 8, 2),
+    ("multiply", "wide"): Plan(128, 32, 64, 8, 2),
+    ("multiply", "float32"): Plan(64, 32, 64, 4, 1),
+    ("differentiate", "narrow"): Plan(128, 32, 64, 8, 2),
+    ("differentiate", "wide"): Plan(64, 64, 128, 8, 2),
+    ("differentiate", "float32"): Plan(64, 32, 64, 8, 1),
+    ("weight", "narrow"): Plan(64, 128, 64, 8, 2),
+    ("weight", "wide"): Plan(64, 128, 64, 8, 2),
+    ("weight", "float32"): Plan(32, 64, 64, 8, 1),
 }
-"""By kernel and by what it multiplies: rows of at most `GROUP` tiles, wider ones, or float32."""
+"""By kernel and by what it multiplies: rows of at most `NARROW` channels, wider ones, or float32."""
 
 EPSILON = tl.constexpr(1e-5)
-
-
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which multiplies bfloat16 as integers
 
 
@@ -138,15 +139,25 @@ def _statistics(tiles, IN: tl.constexpr):
 
 
 @triton.jit
-def _prepare(tiles, IN: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr):
-    """x̂, or x without a norm, for the product; and mean and 1 / deviation of every row."""
-    mean, rate = _statistics(tiles, IN) if NORM else (0.0, 1.0)
-    prepared = ()
+def _load_statistics(pointer, rows, inside):
+    return tl.load(pointer, mask=inside, other=0.0), tl.load(pointer + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def _normalize(tiles, mean, rate, dtype: tl.constexpr):
+    """x̂ for the product. Behind the last channel it is not 0, but there the weight is."""
+    normal = ()
     for j in tl.static_range(len(tiles)):
-        # Behind the last channel this is not 0, but there the weight is.
-        tile = (tiles[j] - mean[:, None]) * rate[:, None] if NORM else tiles[j]
-        prepared = prepared + (tile.to(dtype),)
-    return prepared, mean, rate
+        normal = normal + (((tiles[j] - mean[:, None]) * rate[:, None]).to(dtype),)
+    return normal
+
+
+@triton.jit
+def _convert(tiles, dtype: tl.constexpr):
+    converted = ()
+    for j in tl.static_range(len(tiles)):
+        converted = converted + (tiles[j].to(dtype),)
+    return converted
 
 
 @triton.jit
@@ -188,17 +199,23 @@ def pack_weight(
 
 @triton.jit
 def multiply_rows(
-    x, packed, shift, residual, skip, scale, y, rows, steps,
+    x, packed, shift, residual, skip, scale, y, statistics, rows, steps,
     IN: tl.constexpr, OUT: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     STEP: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """y, (rows, OUT), of x, (rows, IN)."""
+    """y, (rows, OUT), of x, (rows, IN); with NORM also `statistics`, (2, rows)."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
-    inside = r < rows - first
+    inside = r < (rows - first).to(tl.int32)
     tiles = _load_tiles(x + first * IN, r, inside, IN, TILES, TILE)
-    tiles, _mean, _rate = _prepare(tiles, IN, NORM, packed.dtype.element_ty)
+    if NORM:
+        mean, rate = _statistics(tiles, IN)
+        tl.store(statistics + first + r, mean, mask=inside)
+        tl.store(statistics + rows + first + r, rate, mask=inside)
+        tiles = _normalize(tiles, mean, rate, packed.dtype.element_ty)
+    else:
+        tiles = _convert(tiles, packed.dtype.element_ty)
     residual += first * OUT
     skip += first * OUT
     y += first * OUT
@@ -225,15 +242,21 @@ def differentiate_rows(
 ):  # fmt: skip
     """The gradients of x and skip, and these rows' part of the scale's, `part_scale` (programs, OUT).
 
-    With GELU also `grad_a`, (rows, OUT), the gradient of the product; with NORM also `statistics`, (2, rows).
+    With GELU also `grad_a`, (rows, OUT), the gradient of the product.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
-    inside = r < rows - first
+    inside = r < (rows - first).to(tl.int32)
     dtype: tl.constexpr = packed.dtype.element_ty
     x += first * IN
+    statistics += first + r
     if GELU:
-        tiles, mean, rate = _prepare(_load_tiles(x, r, inside, IN, TILES, TILE), IN, NORM, dtype)
+        tiles = _load_tiles(x, r, inside, IN, TILES, TILE)
+        if NORM:
+            mean, rate = _load_statistics(statistics, rows, inside)
+            tiles = _normalize(tiles, mean, rate, dtype)
+        else:
+            tiles = _convert(tiles, dtype)
     grad += first * OUT
     grad_a += first * OUT
     skip += first * OUT
@@ -264,19 +287,15 @@ def differentiate_rows(
         sums = new
     grad_x += first * IN
     if NORM:
-        if not GELU:
-            mean, rate = _statistics(_load_tiles(x, r, inside, IN, TILES, TILE), IN)
-        # With the two stores apart, x is read again from cache, and does not fill registers in between.
-        tl.store(statistics + first + r, mean, mask=inside)
-        plain = tl.zeros((ROWS, TILE), tl.float32)
-        along = tl.zeros((ROWS, TILE), tl.float32)
+        mean, rate = _load_statistics(statistics, rows, inside)  # again: no registers for them in the loop
+        plain = tl.zeros((ROWS,), tl.float32)
+        along = tl.zeros((ROWS,), tl.float32)
         for j in tl.static_range(TILES):
             tile, _place, _mask = _load_tile(x, r, inside, j, IN, TILE)
-            plain += sums[j]
-            along += sums[j] * (tile - mean[:, None])
-        plain = tl.sum(plain, 1) / IN
-        along = tl.sum(along, 1) * rate * rate / IN
-        tl.store(statistics + rows + first + r, rate, mask=inside)
+            plain += tl.sum(sums[j], 1)
+            along += tl.sum(sums[j] * (tile - mean[:, None]), 1)
+        plain = plain / IN
+        along = along * rate * rate / IN
     for j in tl.static_range(TILES):
         tile, place, mask = _load_tile(x, r, inside, j, IN, TILE)
         value = sums[j]
@@ -307,12 +326,11 @@ def differentiate_weight(
         sums = sums + (tl.zeros((STEP, TILE), tl.float32),)
     for step in range(0, steps):
         begin = first + step * ROWS
-        inside = r < rows - begin
+        inside = r < (rows - begin).to(tl.int32)
         mask = inside[:, None] & (n < OUT)[None, :]
         g = tl.load(grad + begin * OUT + r[:, None] * OUT + n[None, :], mask=mask, other=0.0).to(dtype)
         if NORM:
-            mean = tl.load(statistics + begin + r, mask=inside, other=0.0)
-            rate = tl.load(statistics + rows + begin + r, mask=inside, other=0.0)
+            mean, rate = _load_statistics(statistics + begin + r, rows, inside)
         new = ()
         for j in tl.static_range(TILES):
             k = into + j * TILE + tl.arange(0, TILE)
@@ -330,26 +348,26 @@ def differentiate_weight(
         tl.store(parts + n[:, None] * (IN + 1) + k[None, :], sums[j], mask=mask)
 
 
-def tiles(inputs: int) -> int:
-    """Tiles of a row of x with one channel more, for the ones beside x̂."""
-    return triton.cdiv(inputs + 1, TILE)
+def width(inputs: int) -> int:
+    """Channels of x in whole tiles, with at least one more, for the ones beside x̂."""
+    step = 64 if inputs < NARROW else 128
+    return triton.cdiv(inputs + 1, step) * step
 
 
 def height(outputs: int) -> int:
-    """Outputs of the packed weight: whole steps of every kernel."""
-    return triton.cdiv(outputs, TILE) * TILE
+    """Outputs of the packed weight."""
+    return triton.cdiv(outputs, HEIGHT) * HEIGHT
 
 
 def plan(kernel: str, inputs: int, dtype: torch.dtype) -> Plan:
     """How `kernel` is cut for rows of x of `inputs` channels and products in `dtype`."""
-    width = "float32" if dtype == torch.float32 else "narrow" if tiles(inputs) <= GROUP else "wide"
-    return PLANS[kernel, width]
+    return PLANS[kernel, "float32" if dtype == torch.float32 else "narrow" if width(inputs) <= NARROW else "wide"]
 
 
 def ranges(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Programs, ranges of rows, and steps of a range of `differentiate_weight`."""
     cut = plan("weight", inputs, dtype)
-    programs = triton.cdiv(outputs, cut.outputs) * triton.cdiv(tiles(inputs), GROUP)
+    programs = triton.cdiv(outputs, cut.outputs) * triton.cdiv(inputs + 1, cut.tile * GROUP)
     steps = triton.cdiv(rows, cut.rows)
     steps = triton.cdiv(steps, min(steps, max(1, PROGRAMS // programs)))
     return programs, triton.cdiv(rows, steps * cut.rows), steps
@@ -359,13 +377,12 @@ def constants(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dic
     """The `tl.constexpr` arguments of a kernel that follow from sizes and the dtype of the product."""
     shape: dict[str, int | str] = {"IN": inputs, "OUT": outputs}
     if kernel == "pack":
-        return {**shape, "WIDTH": tiles(inputs) * TILE, "LANES": triton.next_power_of_2(tiles(inputs) * TILE)}
+        return {**shape, "WIDTH": width(inputs), "LANES": triton.next_power_of_2(width(inputs))}
     cut = plan(kernel, inputs, dtype)
-    count = min(GROUP, tiles(inputs)) if kernel == "weight" else tiles(inputs)
-    precision = "tf32x3" if dtype == torch.float32 else "tf32"  # which says nothing for bfloat16
-    return {
-        **shape, "TILES": count, "TILE": TILE, "ROWS": cut.rows, "STEP": cut.outputs, "PRECISION": precision
-    }  # fmt: skip
+    tiles = width(inputs) // cut.tile
+    shape |= {"TILES": min(GROUP, tiles) if kernel == "weight" else tiles, "TILE": cut.tile}
+    shape |= {"ROWS": cut.rows, "STEP": cut.outputs}
+    return {**shape, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}  # which bfloat16 ignores
 
 
 def _launch(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, int | str]:
@@ -377,7 +394,7 @@ def _pack(
     weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
-    packed = torch.empty(height(outputs), tiles(inputs) * TILE, dtype=dtype, device=weight.device)
+    packed = torch.empty(height(outputs), width(inputs), dtype=dtype, device=weight.device)
     shift = torch.empty(height(outputs), dtype=torch.float32, device=weight.device)
     present = {"NORM": gamma is not None, "BIAS": bias is not None}
     weight, bias, gamma, beta = (weight if p is None else p.contiguous() for p in (weight, bias, gamma, beta))
@@ -400,25 +417,27 @@ def forward(
     gelu: bool,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See `make_operator`."""
     (rows, inputs), outputs = x.shape, len(weight)
     cut = plan("multiply", inputs, dtype)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
+    statistics = x.new_empty(2, 0 if gamma is None else rows, dtype=torch.float32)
     present = {"NORM": gamma is not None, "RESIDUAL": residual is not None, "SKIP": skip is not None}
     residual, skip = (y if t is None else t for t in (residual, skip))
     with torch.cuda.device_of(x):
         packed, shift = _pack(weight, bias, gamma, beta, dtype)
         scale = shift if scale is None else scale.contiguous()
         multiply_rows[(triton.cdiv(rows, cut.rows),)](
-            x, packed, shift, residual, skip, scale, y, rows, triton.cdiv(outputs, cut.outputs),
+            x, packed, shift, residual, skip, scale, y, statistics, rows, triton.cdiv(outputs, cut.outputs),
             **_launch("multiply", inputs, outputs, dtype), **present, GELU=gelu,
         )  # fmt: skip
-    return y
+    return y, statistics
 
 
 def backward(
     grad: Tensor,
+    statistics: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -439,7 +458,6 @@ def backward(
     grad_a = torch.empty(rows, outputs, dtype=dtype, device=x.device) if gelu else grad
     grad_skip = None if skip is None else torch.empty_like(skip)
     part_scale = x.new_empty(0 if skip is None else programs, outputs, dtype=torch.float32)
-    statistics = x.new_empty(2, 0 if gamma is None else rows, dtype=torch.float32)
     parts = x.new_empty(count, outputs, inputs + 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
         packed, shift = _pack(weight, bias, gamma, beta, dtype)
@@ -486,5 +504,5 @@ def linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `mambair_ds.kernels.linear.linear`; `dtype` is that of the product."""
-    compute = _operator if weight.shape[1] <= LARGEST else reference.linear
-    return compute(x, weight, bias, gamma, beta, residual, skip, scale, gelu, dtype)
+    arguments = (x, weight, bias, gamma, beta, residual, skip, scale, gelu, dtype)
+    return _operator(*arguments)[0] if weight.shape[1] <= LARGEST else reference.linear(*arguments)
