@@ -437,4 +437,5 @@ def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None, norm: tuple[Tensor, Tensor] | None, epilogue: str
 ) -> Tensor:
     """See `mambair_ds.kernels.depthwise_conv.depthwise_conv`."""
-    return _operator(x, weight, bias, gate, *(norm or (None, None)), epilogue.removeprefix("norm_"))
+    norm_weight, norm_bias = norm or (None, None)
+    return _operator(x, weight, bias, gate, norm_weight, norm_bias, epilogue.removeprefix("norm_"))
