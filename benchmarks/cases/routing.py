@@ -15,7 +15,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
     """Class, order and the prompt's gradient; scores and gradients in `dtype`."""
     tokens, t, n = shape.batch * shape.length, shape.classes, shape.states
     scores, size = tokens * t, 2 if dtype == "bf16" else 4
-    wide = {"seed": "i64", "stream": "i64", "length": "i32"}
+    wide = {"seed": "i64", "stream": "i64", "length": "i32", "blocks": "i32"}
     pointers = {"noise": "*fp32", "counts": "*i32", "part_table": "*fp32"}
     pointers |= dict.fromkeys(("positions", "index", "order", "inverse"), "*i64")
 
@@ -27,7 +27,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
     parts = shape.batch * cdiv(shape.length, routing.TOKENS)
     sort = {"CLASSES": t, "BLOCK": routing.BLOCK}
     noisy = {"classes": t, "NOISE": routing.DRAWN.value}
-    choice = noisy | {"COLUMNS": t // 4, "ROWS": routing.ROWS, "LANES": routing.LANES}
+    choice = noisy | routing.choice_tile(t)
     tile = routing.prompt_tile(t)
     warps, rows = tile.pop("num_warps"), tile["ROWS"]
     prompt = noisy | tile | {"N": n, "STATES": max(16, next_power_of_2(n)), "TOKENS": routing.TOKENS}
@@ -35,7 +35,8 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
         Case(
             routing.choose_rows, "choose_rows", types(routing.choose_rows), choice, routing.WARPS,
             # The score's conversion and addition, the greatest sum, comparison and choice.
-            shape.batch * cdiv(shape.length, routing.ROWS), "score", scores, routing.ROWS * t / (32 * routing.WARPS),
+            shape.batch * cdiv(shape.length, choice["ROWS"]), "score", scores,
+            choice["ROWS"] * t / (32 * routing.WARPS),
             NOISE + 5, (), size * scores + 8 * tokens,
         ),
         Case(
@@ -43,9 +44,11 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
             blocks, "token", tokens, routing.BLOCK / (32 * routing.WARPS), 1, (), 8 * tokens + 4 * blocks * t,
         ),
         Case(
-            routing.place_tokens, "place_tokens", types(routing.place_tokens), sort, routing.WARPS,
-            blocks, "token", tokens, routing.BLOCK / (32 * routing.WARPS), routing.BLOCK,
-            (per_sample // 4, per_sample % 4), 24 * tokens + 4 * blocks * t,
+            routing.place_tokens, "place_tokens", types(routing.place_tokens),
+            sort | {"GROUP": routing.GROUP, "CHUNK": routing.CHUNK}, 1,
+            # A comparison with each token of its group and its addition.
+            blocks, "token", tokens, routing.BLOCK / 32, 2 * routing.GROUP,
+            (cdiv(per_sample, routing.CHUNK),), 24 * tokens + 4 * blocks * t,
         ),
         Case(
             routing.differentiate_prompt, "differentiate_prompt", types(routing.differentiate_prompt), prompt, warps,

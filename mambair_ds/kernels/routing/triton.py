@@ -1,9 +1,8 @@
 """Routing on GPUs.
 
 The counting sort has two kernels: how many tokens of each class a block has; and, from the counts of all blocks, where
-the tokens of each class begin, to which a token adds how many of its class come before it in its block. The prompt's
-gradient goes to the logits token by token, and to the table in partial sums for `TOKENS` tokens, added up in a fixed
-order: there are no float atomics, so two runs agree to the bit.
+a block's tokens of each class begin. One warp then goes through the block in groups of as many tokens as it has lanes:
+a token adds how many of its class come before it in its group, and the group's counts move the beginnings on.
 """
 
 # mypy: disable-error-code="assignment, misc, no-untyped-def"
@@ -17,12 +16,12 @@ from torch import Tensor
 from mambair_ds.kernels.philox.triton import INTERPRETED, gumbel, gumbel_exponent, words
 from mambair_ds.kernels.routing.operator import Draw, make_operators
 
-ROWS = 16
-"""Tokens whose class a program chooses."""
-LANES = 8
-"""Threads that share such a token."""
-BLOCK = 128
+BLOCK = 256
 """Tokens a program of the counting sort has."""
+GROUP = 32
+"""Tokens of a block that are compared with one another, one a lane."""
+CHUNK = 8
+"""Blocks whose counts are loaded at once."""
 TOKENS = 256
 """Tokens a program of the prompt's gradient has."""
 WARPS = 4
@@ -117,24 +116,31 @@ def count_classes(index, counts, length, CLASSES: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def place_tokens(index, counts, order, inverse, length, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+def place_tokens(
+    index, counts, order, inverse, length, blocks,
+    CLASSES: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """The order of tokens by class and its inverse, (B, n), from every block's counts."""
     sample = tl.program_id(1).to(tl.int64)
     t = tl.arange(0, CLASSES)
     before = tl.zeros((CLASSES,), tl.int32)
     total = tl.zeros((CLASSES,), tl.int32)
-    for block in range(0, tl.num_programs(0)):
-        counted = tl.load(counts + (sample * tl.num_programs(0) + block) * CLASSES + t)
-        before += tl.where(block < tl.program_id(0), counted, 0)
-        total += counted
+    for chunk in range(0, blocks, CHUNK):
+        block = (chunk + tl.arange(0, CHUNK))[:, None]
+        counted = tl.load(counts + (sample * blocks + block) * CLASSES + t[None, :], mask=block < blocks, other=0)
+        total += tl.sum(counted, 0)
+        before += tl.sum(tl.where(block < tl.program_id(0), counted, 0), 0)
     start = tl.cumsum(total, 0) - total + before
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < length
-    classes_of = tl.load(index + sample * length + i, mask=inside, other=0).to(tl.int32)
-    earlier = (classes_of[:, None] == classes_of[None, :]) & (i[:, None] > i[None, :])
-    place = tl.gather(start, classes_of, 0) + tl.sum(earlier.to(tl.int32), 1)
-    tl.store(inverse + sample * length + i, place.to(tl.int64), mask=inside)
-    tl.store(order + sample * length + place, i.to(tl.int64), mask=inside)
+    k = tl.arange(0, GROUP)
+    for group in tl.static_range(BLOCK // GROUP):
+        i = tl.program_id(0) * BLOCK + group * GROUP + k
+        inside = i < length
+        classes_of = tl.load(index + sample * length + i, mask=inside, other=0).to(tl.int32)
+        earlier = (classes_of[:, None] == classes_of[None, :]) & (k[:, None] < k[None, :])
+        place = tl.gather(start, classes_of, 0) + tl.sum(earlier.to(tl.int32), 0)
+        tl.store(inverse + sample * length + i, place.to(tl.int64), mask=inside)
+        tl.store(order + sample * length + place, i.to(tl.int64), mask=inside)
+        start += tl.histogram(classes_of, CLASSES, mask=inside)
 
 
 @triton.jit
@@ -213,11 +219,10 @@ def choose(scores: Tensor, draw: Draw) -> Tensor:
     batch, length, classes = scores.shape
     index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
     arguments, kind = _noise(scores, draw)
-    columns = max(LANES, _columns(classes))
+    tile = choice_tile(classes)
     with torch.cuda.device_of(scores):
-        choose_rows[triton.cdiv(length, ROWS), batch](
-            scores, *arguments, index, length,
-            classes=classes, NOISE=kind, COLUMNS=columns, ROWS=ROWS, LANES=LANES, num_warps=WARPS,
+        choose_rows[triton.cdiv(length, tile["ROWS"]), batch](
+            scores, *arguments, index, length, classes=classes, NOISE=kind, **tile, num_warps=WARPS
         )  # fmt: skip
     return index
 
@@ -229,10 +234,12 @@ def order(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     padded = triton.next_power_of_2(classes)
     counts = torch.empty(batch, blocks, padded, dtype=torch.int32, device=index.device)
     places, inverse = torch.empty_like(index), torch.empty_like(index)
-    constants = {"CLASSES": padded, "BLOCK": BLOCK, "num_warps": WARPS}
     with torch.cuda.device_of(index):
-        count_classes[blocks, batch](index, counts, length, **constants)
-        place_tokens[blocks, batch](index, counts, places, inverse, length, **constants)
+        count_classes[blocks, batch](index, counts, length, CLASSES=padded, BLOCK=BLOCK, num_warps=WARPS)
+        place_tokens[blocks, batch](
+            index, counts, places, inverse, length, blocks,
+            CLASSES=padded, BLOCK=BLOCK, GROUP=GROUP, CHUNK=CHUNK, num_warps=1,
+        )  # fmt: skip
     return places, inverse
 
 
@@ -253,11 +260,16 @@ def differentiate(grad: Tensor, scores: Tensor, table: Tensor, index: Tensor, dr
     return grad_scores, part_table.sum((0, 1))
 
 
+def choice_tile(classes: int) -> dict[str, int]:
+    """The shape of `choose_rows`' tile: 16 scores a lane of four warps."""
+    columns = max(4, _columns(classes))
+    return {"COLUMNS": columns, "LANES": columns // 4, "ROWS": 512 // columns}
+
+
 def prompt_tile(classes: int) -> dict[str, int]:
-    """The shape of `differentiate_prompt`'s tile: 32 scores a lane, in rows as short as `tl.dot` takes them."""
+    """The shape of `differentiate_prompt`'s tile: 32 scores a lane, in as few rows as `tl.dot` takes."""
     columns = max(16, _columns(classes))
-    rows = max(16, 512 // columns)
-    return {"COLUMNS": columns, "LANES": columns // 2, "ROWS": rows, "num_warps": rows * columns // 256}
+    return {"COLUMNS": columns, "LANES": columns // 2, "ROWS": 16, "num_warps": columns // 16}
 
 
 def _columns(classes: int) -> int:
