@@ -6,17 +6,15 @@ in the head's table, of 961 numbers for windows of 16, for each logit; they go w
 summed.
 
 - `attend`: a program has a window and a head, and takes some queries after the other with all their keys.
-- `differentiate_queries`: a program has some queries of a head, and takes one window after the other with all their
-  keys. That gives the gradient of the queries, and in registers the sum over windows of the logits' gradient, which is
-  that of the bias.
-- `differentiate_keys`: a program has a window, a head and some keys, and takes some queries after the other.
+- `differentiate_inputs`: a program has a window and a head, and takes all keys with some queries after the other.
+- `differentiate_bias`: a program has some queries and keys of a head, and takes one window after the other. It has the
+  sum over windows of the logits' gradient, which is that of the bias, in registers.
 - `sum_diagonals`: adds up what belongs to the same relative position.
 
 There are no atomics: every sum has a fixed order, so two runs agree to the bit.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
-# ruff: noqa: RUF005 (Triton's tuples grow by +)
 
 import os
 from typing import Any
@@ -29,36 +27,49 @@ from torch import Tensor
 from mambair_ds.kernels.window_attention.operator import make_operator
 
 GROUPS = 16  # into which the windows are divided, and each of which has its own sum of the bias' gradient
-WARPS = {"attend": 4, "differentiate_queries": 8, "differentiate_keys": 8, "sum_diagonals": 1}
+WARPS = {"attend": 4, "differentiate_inputs": 8, "differentiate_bias": 8}
+BLOCKS = {
+    "attend": {"QUERIES": 64},
+    "differentiate_inputs": {"QUERIES": 32},
+    "differentiate_bias": {"QUERIES": 128, "KEYS": 64},
+}
+"""How many queries, and keys where it is not all of a window, a program has at a time."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _window(window, height, width, WINDOW: tl.constexpr):
-    """The sample of this window of all, and its first row and column."""
+def _window(window, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Of this window of all: the first pixel of its picture, and within that its first pixel, how much further those
+    of its lower and its right half are than without the roll, and which of the two crossed the border."""
     across = width // WINDOW
     count = height // WINDOW * across
-    place = window % count
-    return (window // count).to(tl.int64), place // across * WINDOW, place % across * WINDOW
+    row, column = window % count // across, window % count % across
+    origin = (row * WINDOW + SHIFT) * width + column * WINDOW + SHIFT
+    below = (SHIFT > 0) & (row == height // WINDOW - 1)
+    beside = (SHIFT > 0) & (column == across - 1)
+    down, right = tl.where(below, -height * width, 0), tl.where(beside, -width, 0)
+    return (window // count).to(tl.int64) * (height * width), (
+        origin,
+        down,
+        right,
+        below.to(tl.int32) * 2,
+        beside.to(tl.int32),
+    )
 
 
 @triton.jit
-def _tokens(first, top, left, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr, COUNT: tl.constexpr):
+def _tokens(first, place, width, WINDOW: tl.constexpr, COUNT: tl.constexpr):
     """Of COUNT pixels of a window: their places in the picture, regions (see the reference), and places in the table.
 
     The bias of query and key has the difference of their places in the table as its place there.
     """
+    origin, down, right, below, beside = place
     token = first + tl.arange(0, COUNT)
     row, column = token // WINDOW, token % WINDOW
-    entry = row * (2 * WINDOW - 1) + column
-    row += top
-    column += left
-    region = (row >= height - SHIFT).to(tl.int32) * 2 + (column >= width - SHIFT).to(tl.int32)
-    if SHIFT:
-        row = tl.where(row >= height - SHIFT, row + SHIFT - height, row + SHIFT)
-        column = tl.where(column >= width - SHIFT, column + SHIFT - width, column + SHIFT)
-    return row * width + column, region, entry
+    lower, righter = row >= WINDOW // 2, column >= WINDOW // 2
+    pixel = origin + row * width + column + tl.where(lower, down, 0) + tl.where(righter, right, 0)
+    return pixel, tl.where(lower, below, 0) + tl.where(righter, beside, 0), row * (2 * WINDOW - 1) + column
 
 
 @triton.jit
@@ -86,12 +97,25 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _load_table(table, head, WINDOW: tl.constexpr):
+    """The bias of every relative position."""
+    SIDE: tl.constexpr = 2 * WINDOW - 1
+    entry = tl.arange(0, 4 * WINDOW * WINDOW)
+    return tl.load(table + head * (SIDE * SIDE) + entry, mask=entry < SIDE * SIDE, other=0.0)
+
+
+@triton.jit
 def _logits(
-    a, b, entry, region_a, region_b, seam, table, SCALE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr
-):
+    a, b, place_in_table, region_a, region_b, where, table,
+    WINDOW: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The logits of rows a and columns b, divided by `SCALE`; the table has been, too."""
-    logits = _dot(a, tl.trans(b), tl.load(table + entry), PRECISION)
-    if SHIFT and seam:
+    ROWS: tl.constexpr = a.shape[0]
+    COLUMNS: tl.constexpr = b.shape[0]
+    CENTER: tl.constexpr = 2 * WINDOW * (WINDOW - 1)
+    bias = tl.gather(table, tl.reshape(place_in_table + CENTER, (ROWS * COLUMNS,)), 0)
+    logits = _dot(a, tl.trans(b), tl.reshape(bias, (ROWS, COLUMNS)), PRECISION)
+    if SHIFT and where[3] + where[4] > 0:
         logits = tl.where(region_a[:, None] == region_b[None], logits, logits - 100.0 / SCALE)
     return logits
 
@@ -104,23 +128,22 @@ def attend(
 ):  # fmt: skip
     """out (B, H, W, C) and lse (B, H, W, heads) of qkv (B, H, W, 3·C) and table (heads, (2w - 1)²) over SCALE."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
-    CENTER: tl.constexpr = 2 * WINDOW * (WINDOW - 1)
     STRIDE: tl.constexpr = 3 * HEADS * DIM
     UNIT: tl.constexpr = SCALE * LOG2E
     head = tl.program_id(0) % HEADS
-    sample, top, left = _window(tl.program_id(0) // HEADS, height, width, WINDOW)
-    seam = (top + WINDOW == height) | (left + WINDOW == width)
-    qkv += sample * height * width * STRIDE + head * DIM
-    out += sample * height * width * (HEADS * DIM) + head * DIM
-    lse += sample * height * width * HEADS + head
-    table += head * ((2 * WINDOW - 1) * (2 * WINDOW - 1)) + CENTER
-    place_k, region_k, entry_k = _tokens(0, top, left, height, width, WINDOW, SHIFT, TOKENS)
+    pixel, where = _window(tl.program_id(0) // HEADS, height, width, WINDOW, SHIFT)
+    qkv += pixel * STRIDE + head * DIM
+    out += pixel * (HEADS * DIM) + head * DIM
+    lse += pixel * HEADS + head
+    place_k, region_k, entry_k = _tokens(0, where, width, WINDOW, TOKENS)
     k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
     v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
     for first in range(0, TOKENS, QUERIES):
-        place, region, entry = _tokens(first, top, left, height, width, WINDOW, SHIFT, QUERIES)
+        place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
         q = _load(qkv, place, STRIDE, DIM, PADDED)
-        logits = _logits(q, k, entry[:, None] - entry_k[None], region, region_k, seam, table, SCALE, SHIFT, PRECISION)
+        biases = _load_table(table, head, WINDOW)  # in the loop, where it is used: registers are short
+        place_in_table = entry[:, None] - entry_k[None]
+        logits = _logits(q, k, place_in_table, region, region_k, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
         largest = tl.max(logits, 1) * UNIT
         weights = tl.exp2(logits * UNIT - largest[:, None])
         total = tl.sum(weights, 1)
@@ -130,95 +153,80 @@ def attend(
 
 
 @triton.jit
-def differentiate_queries(
-    grad, out, lse, qkv, table, grad_qkv, delta, part, windows, groups, height, width,
+def differentiate_inputs(
+    grad, out, lse, qkv, table, grad_qkv, delta, height, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient, each query's product of result and gradient (B, H, W, heads), and of each group of windows
-    the sum of the logits' gradients, (groups, heads, w², w²)."""
+    """The gradient of qkv, and delta (B, H, W, heads), each query's product of result and gradient."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
-    CENTER: tl.constexpr = 2 * WINDOW * (WINDOW - 1)
     STRIDE: tl.constexpr = 3 * HEADS * DIM
-    BLOCKS: tl.constexpr = TOKENS // QUERIES
     head = tl.program_id(0) % HEADS
-    first = tl.program_id(0) // HEADS % BLOCKS * QUERIES
-    group = tl.program_id(0) // (HEADS * BLOCKS)
-    table += head * ((2 * WINDOW - 1) * (2 * WINDOW - 1)) + CENTER
-    sums = ()
-    for _ in tl.static_range(TOKENS // KEYS):
-        sums = sums + (tl.zeros((QUERIES, KEYS), tl.float32),)
-    for window in range(group, windows, groups):
-        sample, top, left = _window(window, height, width, WINDOW)
-        seam = (top + WINDOW == height) | (left + WINDOW == width)
-        x = qkv + sample * height * width * STRIDE + head * DIM
-        offset = sample * height * width * (HEADS * DIM) + head * DIM
-        place, region, entry = _tokens(first, top, left, height, width, WINDOW, SHIFT, QUERIES)
-        numbers = sample * height * width * HEADS + head + place * HEADS
-        q = _load(x, place, STRIDE, DIM, PADDED)
-        g = _load(grad + offset, place, HEADS * DIM, DIM, PADDED)
-        y = _load(out + offset, place, HEADS * DIM, DIM, PADDED)
+    pixel, where = _window(tl.program_id(0) // HEADS, height, width, WINDOW, SHIFT)
+    qkv += pixel * STRIDE + head * DIM
+    grad_qkv += pixel * STRIDE + head * DIM
+    grad += pixel * (HEADS * DIM) + head * DIM
+    out += pixel * (HEADS * DIM) + head * DIM
+    lse += pixel * HEADS + head
+    delta += pixel * HEADS + head
+    place_k, region_k, entry_k = _tokens(0, where, width, WINDOW, TOKENS)
+    k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+    v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+    grad_k = tl.zeros((TOKENS, PADDED), tl.float32)
+    grad_v = tl.zeros((TOKENS, PADDED), tl.float32)
+    for first in range(0, TOKENS, QUERIES):
+        place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
+        q = _load(qkv, place, STRIDE, DIM, PADDED)
+        g = _load(grad, place, HEADS * DIM, DIM, PADDED)
+        y = _load(out, place, HEADS * DIM, DIM, PADDED)
         product = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-        tl.store(delta + numbers, product)
-        logarithm = tl.load(lse + numbers)
-        grad_q = tl.zeros((QUERIES, PADDED), tl.float32)
-        new_sums = ()
-        for i in tl.static_range(TOKENS // KEYS):
-            place_k, region_k, entry_k = _tokens(i * KEYS, top, left, height, width, WINDOW, SHIFT, KEYS)
-            k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
-            v = _load(x + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
-            logits = _logits(
-                q, k, entry[:, None] - entry_k[None], region, region_k, seam, table, SCALE, SHIFT, PRECISION
-            )
-            weights = tl.exp2(logits * (SCALE * LOG2E) - logarithm[:, None])
-            grad_logits = weights * (_dot(g, tl.trans(v), None, PRECISION) - product[:, None])
-            new_sums = new_sums + (sums[i] + grad_logits,)
-            grad_q = _dot(grad_logits.to(k.dtype), k, grad_q, PRECISION)
-        sums = new_sums
-        _store(grad_qkv + sample * height * width * STRIDE + head * DIM, place, STRIDE, grad_q * SCALE, DIM, PADDED)
-    row = (group * HEADS + head) * TOKENS + first + tl.arange(0, QUERIES)
-    for i in tl.static_range(TOKENS // KEYS):
-        column = i * KEYS + tl.arange(0, KEYS)
-        tl.store(part + row[:, None] * TOKENS + column[None], sums[i])
+        tl.store(delta + place * HEADS, product)
+        biases = _load_table(table, head, WINDOW)  # in the loop, where it is used: registers are short
+        place_in_table = entry[None] - entry_k[:, None]
+        logits = _logits(k, q, place_in_table, region_k, region, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
+        weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + place * HEADS)[None])
+        grad_v = _dot(weights.to(g.dtype), g, grad_v, PRECISION)
+        grad_logits = (weights * (_dot(v, tl.trans(g), None, PRECISION) - product[None])).to(q.dtype)
+        grad_k = _dot(grad_logits, q, grad_k, PRECISION)
+        grad_q = _dot(tl.trans(grad_logits), k, None, PRECISION) * SCALE
+        _store(grad_qkv, place, STRIDE, grad_q, DIM, PADDED)
+    _store(grad_qkv + HEADS * DIM, place_k, STRIDE, grad_k * SCALE, DIM, PADDED)
+    _store(grad_qkv + 2 * HEADS * DIM, place_k, STRIDE, grad_v, DIM, PADDED)
 
 
 @triton.jit
-def differentiate_keys(
-    grad, lse, delta, qkv, table, grad_qkv, height, width,
+def differentiate_bias(
+    grad, lse, delta, qkv, table, part, windows, groups, height, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys and values."""
+    """Of each group of windows the sum of the gradients of their logits, (groups, heads, w², w²)."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
-    CENTER: tl.constexpr = 2 * WINDOW * (WINDOW - 1)
     STRIDE: tl.constexpr = 3 * HEADS * DIM
-    BLOCKS: tl.constexpr = TOKENS // KEYS
     head = tl.program_id(0) % HEADS
-    first_key = tl.program_id(0) // HEADS % BLOCKS * KEYS
-    sample, top, left = _window(tl.program_id(0) // (HEADS * BLOCKS), height, width, WINDOW)
-    seam = (top + WINDOW == height) | (left + WINDOW == width)
-    qkv += sample * height * width * STRIDE + head * DIM
-    grad_qkv += sample * height * width * STRIDE + head * DIM
-    grad += sample * height * width * (HEADS * DIM) + head * DIM
-    lse += sample * height * width * HEADS + head
-    delta += sample * height * width * HEADS + head
-    table += head * ((2 * WINDOW - 1) * (2 * WINDOW - 1)) + CENTER
-    place_k, region_k, entry_k = _tokens(first_key, top, left, height, width, WINDOW, SHIFT, KEYS)
-    k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
-    v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
-    grad_k = tl.zeros((KEYS, PADDED), tl.float32)
-    grad_v = tl.zeros((KEYS, PADDED), tl.float32)
-    for first in range(0, TOKENS, QUERIES):
-        place, region, entry = _tokens(first, top, left, height, width, WINDOW, SHIFT, QUERIES)
-        q = _load(qkv, place, STRIDE, DIM, PADDED)
-        g = _load(grad, place, HEADS * DIM, DIM, PADDED)
-        logits = _logits(k, q, entry[None] - entry_k[:, None], region_k, region, seam, table, SCALE, SHIFT, PRECISION)
-        weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + place * HEADS)[None])
-        grad_v = _dot(weights.to(g.dtype), g, grad_v, PRECISION)
-        grad_logits = weights * (_dot(v, tl.trans(g), None, PRECISION) - tl.load(delta + place * HEADS)[None])
-        grad_k = _dot(grad_logits.to(q.dtype), q, grad_k, PRECISION)
-    _store(grad_qkv + HEADS * DIM, place_k, STRIDE, grad_k * SCALE, DIM, PADDED)
-    _store(grad_qkv + 2 * HEADS * DIM, place_k, STRIDE, grad_v, DIM, PADDED)
+    tile = tl.program_id(0) // HEADS % ((TOKENS // QUERIES) * (TOKENS // KEYS))
+    group = tl.program_id(0) // (HEADS * (TOKENS // QUERIES) * (TOKENS // KEYS))
+    first = tile // (TOKENS // KEYS) * QUERIES
+    first_key = tile % (TOKENS // KEYS) * KEYS
+    total = tl.zeros((QUERIES, KEYS), tl.float32)
+    for window in range(group, windows, groups):
+        pixel, where = _window(window, height, width, WINDOW, SHIFT)
+        x = qkv + pixel * STRIDE + head * DIM
+        place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
+        place_k, region_k, entry_k = _tokens(first_key, where, width, WINDOW, KEYS)
+        q = _load(x, place, STRIDE, DIM, PADDED)
+        k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+        biases = _load_table(table, head, WINDOW)  # in the loop, lest every logit's bias be kept in registers
+        place_in_table = entry[:, None] - entry_k[None]
+        logits = _logits(q, k, place_in_table, region, region_k, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
+        numbers = pixel * HEADS + head + place * HEADS
+        weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + numbers)[:, None])
+        g = _load(grad + pixel * (HEADS * DIM) + head * DIM, place, HEADS * DIM, DIM, PADDED)
+        v = _load(x + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+        total += weights * (_dot(g, tl.trans(v), None, PRECISION) - tl.load(delta + numbers)[:, None])
+    row = (group * HEADS + head) * TOKENS + first + tl.arange(0, QUERIES)
+    column = first_key + tl.arange(0, KEYS)
+    tl.store(part + row[:, None] * TOKENS + column[None], total)
 
 
 @triton.jit
@@ -245,22 +253,7 @@ def constants(kernel: str, channels: int, heads: int, window: int, shift: int, d
         "HEADS": heads, "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)), "WINDOW": window, "SHIFT": shift,
         "SCALE": dim**-0.5, "PRECISION": "tf32x3",
     }  # fmt: skip
-    blocks = BLOCKS[dtype == torch.float32][kernel]
-    return shared | {name: min(size, tokens) for name, size in blocks.items()}
-
-
-BLOCKS = {
-    False: {
-        "attend": {"QUERIES": 64},
-        "differentiate_queries": {"QUERIES": 64, "KEYS": 128},
-        "differentiate_keys": {"QUERIES": 64, "KEYS": 128},
-    },
-    True: {
-        "attend": {"QUERIES": 64},
-        "differentiate_queries": {"QUERIES": 64, "KEYS": 128},
-        "differentiate_keys": {"QUERIES": 32, "KEYS": 128},
-    },
-}
+    return shared | {name: min(size, tokens) for name, size in BLOCKS[kernel].items()}
 
 
 def _windows(x: Tensor, window: int) -> int:
@@ -297,18 +290,19 @@ def backward(
     part = lse.new_empty(groups, num_heads, tokens, tokens)
     scaled = _table(table, channels // num_heads)
     with torch.cuda.device_of(qkv):
-        settings = constants("differentiate_queries", channels, num_heads, window_size, shift, qkv.dtype)
-        differentiate_queries[(groups * num_heads * (tokens // settings["QUERIES"]),)](
-            grad, out, lse, qkv, scaled, grad_qkv, delta, part, windows, groups, *sizes, **settings,
-            num_warps=WARPS["differentiate_queries"],
-        )  # fmt: skip
-        settings = constants("differentiate_keys", channels, num_heads, window_size, shift, qkv.dtype)
-        differentiate_keys[(windows * num_heads * (tokens // settings["KEYS"]),)](
-            grad, lse, delta, qkv, scaled, grad_qkv, *sizes, **settings, num_warps=WARPS["differentiate_keys"]
+        settings = constants("differentiate_inputs", channels, num_heads, window_size, shift, qkv.dtype)
+        differentiate_inputs[(windows * num_heads,)](
+            grad, out, lse, qkv, scaled, grad_qkv, delta, *sizes, **settings, num_warps=WARPS["differentiate_inputs"]
         )
+        settings = constants("differentiate_bias", channels, num_heads, window_size, shift, qkv.dtype)
+        tiles = tokens // settings["QUERIES"] * (tokens // settings["KEYS"])
+        differentiate_bias[(groups * num_heads * tiles,)](
+            grad, lse, delta, qkv, scaled, part, windows, groups, *sizes, **settings,
+            num_warps=WARPS["differentiate_bias"],
+        )  # fmt: skip
         grad_table = lse.new_empty(num_heads, (2 * window_size - 1) ** 2)
         sum_diagonals[(num_heads * (2 * window_size - 1),)](
-            part.sum(0), grad_table, WINDOW=window_size, HEADS=num_heads, num_warps=WARPS["sum_diagonals"]
+            part.sum(0), grad_table, WINDOW=window_size, HEADS=num_heads, num_warps=1
         )
     return grad_qkv, grad_table.T.to(table.dtype).contiguous()
 
