@@ -57,7 +57,7 @@ PLANS = {
     ("multiply", "narrow"): Plan(128, 64, 64, 8, 2),
     ("multiply", "wide"): Plan(128, 32, 64, 8, 2),
     ("multiply", "float32"): Plan(64, 32, 64, 4, 1),
-    ("differentiate", "narrow"): Plan(128, 32, 64, 8, 2),
+    ("differentiate", "narrow"): Plan(128, 32, 64, 8, 3),
     ("differentiate", "wide"): Plan(64, 64, 128, 8, 2),
     ("differentiate", "float32"): Plan(64, 32, 64, 8, 1),
     ("weight", "narrow"): Plan(64, 128, 64, 8, 2),
