@@ -9,8 +9,8 @@ PRODUCTS = {"attend": 2, "differentiate_inputs": 5, "differentiate_bias": 2}
 """Of matrices, each with as many multiply-adds a logit as a head has channels."""
 ARITHMETIC = {"attend": 5.5, "differentiate_inputs": 6, "differentiate_bias": 6}
 """Instructions a logit. All: the bias' load, the scale with maximum or logarithm, the exponential. Forward also the
-maximum, sum, and half a conversion of the weight for the next product. Backward also the difference and the product that make
-the gradient of the logit, and its sum over windows, or half a conversion each of weight and gradient."""
+maximum, the sum, and half a conversion of the weight for the next product. Backward also the difference and the product
+that make the gradient of the logit, and its sum over windows, or half a conversion each of weight and gradient."""
 MASK = 2
 """A comparison and a subtraction more where a window crosses the border, which is what is counted."""
 
