@@ -186,7 +186,7 @@ def test_two_triton_runs_agree_to_the_bit(device: str) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", EPILOGUES[:-1])  # the norm stands before the operator there
 def test_cpu_operator_passes_torchs_own_checks(epilogue: str) -> None:
     inputs = convert(make_inputs((1, 4, 3, 2), 3, epilogue), lambda x: x.requires_grad_())
     apply(inputs, "torch")  # registers it

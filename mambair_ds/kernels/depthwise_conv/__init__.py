@@ -32,8 +32,8 @@ def depthwise_conv(
     | norm_gate | gate · c, of the LayerNorm of x over its channels (eps 1e-5) in place of x | GatedMLP |
 
     Sums are float32 (float64 for a float64 `x` on the `reference` backend, the only one that takes float64). The
-    backward pass of `torch` and `triton` computes c, and the normalized x, again instead of keeping it. The zeros
-    around the picture are zeros of the normalized one.
+    backward pass of `torch` and `triton` computes c again instead of keeping it, and that of `triton` the normalized x.
+    The zeros around the picture are zeros of the normalized one.
 
     Args:
         x: (B, H, W, C); float32, bfloat16 or float16.

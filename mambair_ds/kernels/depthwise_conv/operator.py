@@ -28,8 +28,8 @@ def make_operator(
     name: str,
     convolve: Convolve,
     differentiate: Differentiate,
-    normalize: Normalize,
-    normalize_backward: NormalizeBackward,
+    normalize: Normalize | None = None,
+    normalize_backward: NormalizeBackward | None = None,
 ) -> Operator:
     """Register `mambair_ds::<name>` and its backward pass.
 
@@ -41,6 +41,7 @@ def make_operator(
             c, g · sigmoid(c) for "sigmoid_gate", g · c for "gate", else None; and the gradients of kernel and bias,
             float32.
         normalize: (x, weight, bias) to the LayerNorm of x's channels, in x's dtype; weight and bias are float32.
+            None for an operator that gets no norm.
         normalize_backward: (g, x, weight) to the gradients of x, in its dtype, of weight and of bias, in float32.
     """
 
@@ -54,7 +55,7 @@ def make_operator(
         norm_bias: Tensor | None,
         epilogue: str,
     ) -> Tensor:
-        if norm_weight is not None and norm_bias is not None:
+        if normalize and norm_weight is not None and norm_bias is not None:
             x = normalize(x, norm_weight.float(), norm_bias.float())
         return convolve(x, _channels_last(weight), bias.float(), gate, epilogue)
 
@@ -70,7 +71,7 @@ def make_operator(
         epilogue: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         kernel, picture = _channels_last(weight), x
-        if norm_weight is not None and norm_bias is not None:
+        if normalize and norm_weight is not None and norm_bias is not None:
             picture = normalize(x, norm_weight.float(), norm_bias.float())
         grad_c, extra, grad_kernel, grad_bias = differentiate(grad, picture, kernel, bias.float(), gate, epilogue)
         past = {"gelu_residual": grad, "sigmoid_gate": extra}.get(epilogue)
@@ -79,7 +80,7 @@ def make_operator(
         grad_weight = grad_kernel.permute(2, 0, 1)[:, None].to(weight.dtype).contiguous()
         grad_gate = x.new_empty(0) if gate is None or extra is None else extra.to(gate.dtype)
         grad_norm_weight, grad_norm_bias = x.new_empty(0), x.new_empty(0)
-        if norm_weight is not None and norm_bias is not None:
+        if normalize_backward and norm_weight is not None and norm_bias is not None:
             grad_x, grad_norm_weight, grad_norm_bias = normalize_backward(grad_x, x, norm_weight.float())
             grad_norm_weight, grad_norm_bias = (
                 grad_norm_weight.to(norm_weight.dtype),
