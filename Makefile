@@ -4,6 +4,9 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 PYTHON ?= python3
+# What `make gpu` writes its reports to, and the unpacked sources of mamba-ssm if its scan is to be compared.
+OUT ?= out/benchmarks
+MAMBA_SDIST ?=
 # Where a machine brings its own environment (a cluster module, an image), `make VENV= ...` uses its python as it is.
 BIN := $(if $(VENV),$(VENV)/bin/,)
 PY := $(BIN)python$(if $(VENV),,3)
@@ -44,11 +47,13 @@ format: $(READY)  ## let ruff rewrite what it can
 	$(BIN)ruff format .
 
 bench: $(READY)  ## the benchmarks that this computer can run
-	for name in scan step data aot; do $(PY) benchmarks/$$name.py || exit; done
+	for name in operators step data aot; do $(PY) benchmarks/$$name.py || exit; done
 
 gpu: $(READY)  ## everything that needs a GPU: correctness, then timings
 	$(PY) -m pytest -m gpu
-	for name in scan step; do $(PY) benchmarks/$$name.py || exit; done
+	$(PY) -m pytest -m 'slow or not slow' tests/kernels --ignore tests/kernels/test_aot_limits.py
+	$(PY) benchmarks/operators.py --device cuda $(if $(MAMBA_SDIST),--mamba-sdist $(MAMBA_SDIST)) --out $(OUT)
+	$(PY) benchmarks/step.py
 
 clean:  ## remove environment, caches and outputs of the demo
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache

@@ -51,5 +51,4 @@ class _SpatialGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, -1)
-        # Under autocast the norm is float32: back to the type of its input before it goes to memory.
-        return convolve_depthwise(self.conv, self.norm(x2).to(x.dtype), "gate", x1)
+        return convolve_depthwise(self.conv, x2, "norm_gate", x1, self.norm)

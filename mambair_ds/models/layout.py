@@ -11,10 +11,12 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def convolve_depthwise(conv: nn.Module, x: Tensor, epilogue: Epilogue, gate: Tensor | None = None) -> Tensor:
+def convolve_depthwise(
+    conv: nn.Module, x: Tensor, epilogue: Epilogue, gate: Tensor | None = None, norm: nn.LayerNorm | None = None
+) -> Tensor:
     """Apply a depthwise nn.Conv2d with zero padding to x (B, H, W, C), and then `depthwise_conv`'s epilogue."""
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-    return depthwise_conv(x, conv.weight, conv.bias, epilogue, gate)
+    return depthwise_conv(x, conv.weight, conv.bias, epilogue, gate, _parameters(norm))
 
 
 def project(
@@ -29,8 +31,11 @@ def project(
 ) -> Tensor:
     """Apply an nn.Linear, or a 1×1 nn.Conv2d, to the channels of x (..., C), with what `linear` has around it."""
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    pair = None if norm is None else (norm.weight, norm.bias)
     weight = layer.weight.flatten(1)
     return linear(
-        x, weight, layer.bias, norm=pair, gelu=gelu, residual=residual, skip=skip, skip_scale=skip_scale
+        x, weight, layer.bias, norm=_parameters(norm), gelu=gelu, residual=residual, skip=skip, skip_scale=skip_scale
     )  # fmt: skip
+
+
+def _parameters(norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
+    return None if norm is None else (norm.weight, norm.bias)
