@@ -353,8 +353,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 def constants(kernel: str, k: int, epilogue: str) -> dict[str, int | str]:
     """The `tl.constexpr` arguments of the kernel "convolve" or "differentiate" besides channels and strides."""
-    tile = {"ROWS": 16, "WIDTH": 64} if kernel == "convolve" else {"ROWS": 32, "WIDTH": 32}
-    return {"K": k, "EPILOGUE": epilogue, **tile, "COLUMNS": 4, "STEPS": 2}
+    tile = {"ROWS": 16, "WIDTH": 64, "STEPS": 4} if kernel == "convolve" else {"ROWS": 32, "WIDTH": 32, "STEPS": 2}
+    return {"K": k, "EPILOGUE": epilogue, **tile, "COLUMNS": 4}
 
 
 def norm_constants(channels: int) -> dict[str, int]:
