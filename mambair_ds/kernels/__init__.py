@@ -13,8 +13,6 @@ import sys
 from collections.abc import Mapping
 from types import ModuleType
 
-import torch
-
 logger = logging.getLogger(__name__)
 _PACKAGE = sys.modules[__name__]
 
@@ -42,7 +40,6 @@ def load_backend(operator: str, files: Mapping[str, str], device_type: str, requ
     return getattr(getattr(_PACKAGE, operator), _import(operator, files, device_type, requested))
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
 def _import(operator: str, files: Mapping[str, str], device_type: str, requested: str | None) -> str:
     backend = _preferred(operator, device_type, frozenset(files)) if requested is None else requested
     if backend not in files:
@@ -53,3 +50,8 @@ def _import(operator: str, files: Mapping[str, str], device_type: str, requested
         raise ValueError(f"{operator}: the triton backend runs on the CPU only under TRITON_INTERPRET=1")
     importlib.import_module(f"{__name__}.{operator}.{files[backend]}")
     return files[backend]
+
+
+# torch.compile runs it instead of tracing it; torch.compiler.assume_constant_result does the same, but imports the
+# compiler, and with it Triton.
+setattr(_import, "_dynamo_marked_constant", True)  # noqa: B010

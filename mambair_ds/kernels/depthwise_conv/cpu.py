@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambair_ds.kernels.cpu import jit, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, run_tasks
 from mambair_ds.kernels.depthwise_conv.operator import EPS, make_operator
-from mambair_ds.kernels.selective_scan.cpu import exp2
 
 ROWS = 16
 COLUMNS = 32

@@ -17,10 +17,10 @@ def selective_scan(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = True,
-    backend: str | None = None,
     *,
     prompt: Tensor | None = None,
     order: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Run h_t = exp(Δ_t·A)·h_{t-1} + Δ_t·B_t·u_t, y_t = C_t·h_t + D·u_t along a sequence, from h = 0.
 
