@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mambair_ds.kernels.depthwise_conv import depthwise_conv
 
-EPILOGUES = ["none", "gelu_residual", "sigmoid_gate", "gate", "norm_gate"]
+EPILOGUES = ["none", "gelu_residual", "sigmoid_gate", "norm_gate"]
 
 
 def make_inputs(shape: tuple[int, int, int, int], k: int, epilogue: str, dtype: torch.dtype = torch.float32) -> dict:
@@ -26,7 +26,7 @@ def make_inputs(shape: tuple[int, int, int, int], k: int, epilogue: str, dtype: 
         inputs["x"] = 3 * inputs["x"] + 1  # the norm has something to do
         inputs["norm_weight"] = torch.randn(channels, generator=generator)
         inputs["norm_bias"] = torch.randn(channels, generator=generator)
-    if epilogue in ("gate", "norm_gate"):
+    if epilogue == "norm_gate":
         inputs["gate"] = torch.randn(*shape[:3], 2 * channels, generator=generator).to(dtype).chunk(2, -1)[0]
     return inputs
 
@@ -118,8 +118,13 @@ def test_triton_gradients_equal_the_reference(
     assert_matches_reference(convert(make_inputs(shape, k, epilogue), lambda x: x.to(device)), "triton", 1e-5)
 
 
-def test_triton_walks_across_tiles_and_blocks_of_channels(device: str) -> None:
-    inputs = make_inputs((1, 33, 5, 33), 3, "sigmoid_gate")
+@pytest.mark.parametrize(
+    ("shape", "k", "epilogue"), [((1, 33, 5, 33), 3, "sigmoid_gate"), ((1, 13, 9, 6), 5, "gelu_residual")]
+)
+def test_triton_walks_across_tiles_and_blocks_of_channels(
+    shape: tuple[int, int, int, int], k: int, epilogue: str, device: str
+) -> None:
+    inputs = make_inputs(shape, k, epilogue)
     assert_matches_reference(convert(inputs, lambda x: x.to(device)), "triton", 1e-5)
 
 
@@ -219,8 +224,8 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epilogue": "relu"}, "no epilogue 'relu'; there are none, gelu_residual, sigmoid_gate, gate, norm_gate"),
-        ({"epilogue": "gate"}, "epilogue 'gate' needs a gate"),
+        ({"epilogue": "relu"}, "no epilogue 'relu'; there are none, gelu_residual, sigmoid_gate, norm_gate"),
+        ({"epilogue": "norm_gate"}, "epilogue 'norm_gate' needs a gate"),
         ({"gate": torch.zeros(1, 4, 3, 2)}, "epilogue 'none' takes no gate"),
         ({"epilogue": "norm_gate", "gate": torch.zeros(1, 4, 3, 2)}, "epilogue 'norm_gate' needs a norm"),
         ({"norm": (torch.ones(2), torch.zeros(2))}, "epilogue 'none' takes no norm"),
@@ -228,7 +233,10 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward_pass() -> None:
             {"epilogue": "norm_gate", "gate": torch.zeros(1, 4, 3, 2), "norm": (torch.ones(2), torch.zeros(3))},
             r"norm's bias has shape \(3,\), expected \(2,\)",
         ),
-        ({"epilogue": "gate", "gate": torch.zeros(1, 4, 3, 1)}, r"gate has shape \(1, 4, 3, 1\), but x \(1, 4, 3, 2\)"),
+        (
+            {"epilogue": "norm_gate", "gate": torch.zeros(1, 4, 3, 1), "norm": (torch.ones(2), torch.zeros(2))},
+            r"gate has shape \(1, 4, 3, 1\), but x \(1, 4, 3, 2\)",
+        ),
         ({"x": torch.zeros(4, 3, 2)}, r"x has shape \(4, 3, 2\)"),
         ({"weight": torch.zeros(2, 1, 4, 4)}, r"weight has shape \(2, 1, 4, 4\), expected \(2, 1, k, k\), k odd"),
         ({"bias": torch.zeros(3)}, r"bias has shape \(3,\), expected \(2,\)"),

@@ -49,10 +49,8 @@ def test_every_head_and_channel_count(kind, channels, upsampler, scale):
 def _features(model, x):
     """What goes into the head: the deep features plus the shallow ones."""
     kept = {}
-    hooks = [
+    for name in ("conv_first", "conv_after_body"):
         getattr(model, name).register_forward_hook(lambda _, __, out, name=name: kept.update({name: out}))
-        for name in ("conv_first", "conv_after_body")
-    ]
     out = model(x)
     return kept["conv_first"] + kept["conv_after_body"], out
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mambair_ds.kernels import load_backend
 
-Epilogue = Literal["none", "gelu_residual", "sigmoid_gate", "gate", "norm_gate"]
+Epilogue = Literal["none", "gelu_residual", "sigmoid_gate", "norm_gate"]
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 
@@ -28,7 +28,6 @@ def depthwise_conv(
     | none | c | |
     | gelu_residual | x + GELU(c), the exact GELU | ConvFFN |
     | sigmoid_gate | x · sigmoid(c) | the position encoding of the state space module |
-    | gate | gate · c | |
     | norm_gate | gate · c, of the LayerNorm of x over its channels (eps 1e-5) in place of x | GatedMLP |
 
     Sums are float32 (float64 for a float64 `x` on the `reference` backend, the only one that takes float64). The
@@ -39,7 +38,7 @@ def depthwise_conv(
         x: (B, H, W, C); float32, bfloat16 or float16.
         weight: (C, 1, k, k) with an odd k, as `torch.nn.Conv2d` has it.
         bias: (C,).
-        gate: (B, H, W, C) for the epilogues "gate" and "norm_gate", else None.
+        gate: (B, H, W, C) for "norm_gate", else None.
         norm: weight and bias of the norm, (C,) each, for "norm_gate", else None.
         backend: "reference" (plain operations), "torch" (CPU) or "triton"; None takes "reference" for
             float64 and for small kernels on a CPU, else chooses by `x`'s device.
@@ -70,9 +69,8 @@ def _check(
 ) -> None:
     if epilogue not in get_args(Epilogue):
         raise ValueError(f"depthwise_conv: no epilogue {epilogue!r}; there are {', '.join(get_args(Epilogue))}")
-    takes = {"gate": ("gate",), "norm_gate": ("gate", "norm")}.get(epilogue, ())
     for name, value in {"gate": gate, "norm": norm}.items():
-        if (value is not None) != (name in takes):
+        if (value is not None) != (epilogue == "norm_gate"):
             raise ValueError(
                 f"depthwise_conv: epilogue {epilogue!r} {'needs a' if value is None else 'takes no'} {name}"
             )
