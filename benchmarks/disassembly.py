@@ -3,8 +3,9 @@
 import re
 import subprocess
 import tempfile
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ KINDS = {
     "select": {"FSEL", "SEL"},
 }
 """Instructions by kind; what is in none is "other": integers, addresses, conversions, control."""
+LONGEST_WAIT = 8
+"""Instructions of a loop that waits."""
 
 
 @dataclass(frozen=True)
@@ -184,32 +187,78 @@ def compile_kernel(case: Case, capability: int) -> Compiled:
     return Compiled(registers, stack, compiled.metadata.shared, code)
 
 
+def _parse(code: str) -> tuple[list[str], list[list[int]]]:
+    """The instructions with their operands, and which of them can follow each."""
+    instructions: list[str] = []
+    guarded: list[bool] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(@!?\w+\s+)?(\w.*?)\s*;", line):
+            instructions.append(match[2])
+            guarded.append(match[1] is not None)
+    following = []
+    for i, (instruction, guard) in enumerate(zip(instructions, guarded, strict=True)):
+        ends = not guard and re.match(r"(EXIT|RET|BRA\s+`)", instruction)
+        targets = [labels[name] for name in re.findall(r"`\((\.L\w+)\)", instruction) if name in labels]
+        following.append([j for j in [*targets, *([] if ends else [i + 1])] if j < len(instructions)])
+    return instructions, following
+
+
+def _reach(start: int, following: Sequence[Sequence[int]], without: int | None = None) -> set[int]:
+    """What can run after `start`, itself included, on paths that do not touch `without`."""
+    seen = {start} - {without}
+    waiting = list(seen)
+    while waiting:
+        new = set(following[waiting.pop()]) - seen - {without}
+        seen |= new
+        waiting += new
+    return seen
+
+
+def _loops(following: list[list[int]]) -> dict[int, set[int]]:
+    """The instructions of every loop by its first: of a branch back to where every path to that branch came through.
+
+    So a jump back from code that was moved out of the way is none.
+    """
+    before: list[list[int]] = [[] for _ in following]
+    for i, targets in enumerate(following):
+        for j in targets:
+            before[j].append(i)
+    loops: dict[int, set[int]] = {}
+    for i in _reach(0, following):
+        for start in following[i]:
+            if start <= i and i not in _reach(0, following, start):
+                loops.setdefault(start, {start}).update(_reach(i, before, start))
+    return loops
+
+
+def _waits(body: set[int], instructions: list[str]) -> bool:
+    """Whether a loop does nothing but wait, for a barrier or for memory of the matrix units."""
+    names = {re.split(r"\W", instructions[i])[0] for i in body}
+    waits = any("TRYWAIT" in instructions[i] or "NANOSLEEP" in instructions[i] for i in body)
+    return waits and len(body) <= LONGEST_WAIT and not any(names & members for members in KINDS.values())
+
+
 def count(code: str, trips: tuple[float, ...]) -> dict[str, float]:
-    """The instructions a thread executes, by kind, if its loops, found by their backward branches, run `trips` times.
+    """The instructions a thread executes, by kind, if its loops run `trips` times, and those that only wait once.
 
     Raises:
         ValueError: the code has another number of loops.
     """
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    loops: dict[int, int] = {}
-    for line in code.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(names)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?\w+\s+)?([\w]+)(.*?);", line):
-            target = re.search(r"`\((\.L\w+)\)", instruction[2])
-            start = labels.get(target[1]) if target and instruction[1] == "BRA" else None
-            if start is not None and start < len(names):
-                loops[start] = len(names)
-            names.append(instruction[1])
+    instructions, following = _parse(code)
+    loops = {start: body for start, body in _loops(following).items() if not _waits(body, instructions)}
     if len(loops) != len(trips):
-        raise ValueError(f"the code has {len(loops)} loops, expected {len(trips)}: {sorted(loops.items())}")
+        found = sorted((start, len(body)) for start, body in loops.items())
+        raise ValueError(f"the code has {len(loops)} loops, expected {len(trips)}: (start, length) {found}")
     kinds = {name: kind for kind, members in KINDS.items() for name in members}
     counts: dict[str, float] = defaultdict(float)
-    for i, name in enumerate(names):
+    for i, instruction in enumerate(instructions):
         weight = 1.0
-        for (start, end), trip in zip(sorted(loops.items()), trips, strict=True):
-            weight *= trip if start <= i <= end else 1
+        for start, trip in zip(sorted(loops), trips, strict=True):
+            weight *= trip if i in loops[start] else 1
+        name = re.split(r"\W", instruction)[0]
         if name != "NOP":
             counts[kinds.get(name, "other")] += weight
     return counts
@@ -218,14 +267,15 @@ def count(code: str, trips: tuple[float, ...]) -> dict[str, float]:
 def measure(case: Case, shape: str, capability: int) -> Cost:
     """Compile and count.
 
-    Raises:
-        ValueError: the case does not say how often the kernel's loops run.
+    Warns:
+        The case does not say how often the kernel's loops run: its counts, times and ratio are NaN.
     """
     compiled = compile_kernel(case, capability)
     try:
         counts = count(compiled.code, case.trips)
     except ValueError as error:
-        raise ValueError(f"{case.name}: {error}") from error
+        warnings.warn(f"sm_{capability}, {shape}, {case.name}: {error}", stacklevel=2)
+        counts = dict.fromkeys([*KINDS, "other"], float("nan"))
     warps = case.programs * case.warps
     return Cost(
         shape,
