@@ -162,7 +162,8 @@ class Trainer:
             batch = self.stream.next()
             self._data_time += time.perf_counter() - waiting
             lq, gt = batch.to_float()
-            noise = NoiseKey(self.state.seed, batch.positions) if self.config.train.gumbel == "counter" else None
+            positions = batch.positions.to(self.device, non_blocking=True)  # once, not in every layer
+            noise = NoiseKey(self.state.seed, positions) if self.config.train.gumbel == "counter" else None
             loss = pixel_loss(self.config.train.pixel_loss, self.engine(lq, noise=noise), gt)
             norm = self.engine.step(loss, lr, want_norm)
             losses.append(loss.detach())
