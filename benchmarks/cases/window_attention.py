@@ -53,7 +53,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
                 kernel, name, types, constants, warps,
                 programs, "logit", logits, logits / programs / (32 * warps), ARITHMETIC[name] + MASK, trips,
                 bytes_of[name],
-                matrix=2 * PRODUCTS[name] * dim * logits,
+                matrix=2 * PRODUCTS[name] * dim * logits, stages=attention.STAGES,
             )
         )  # fmt: skip
     return result

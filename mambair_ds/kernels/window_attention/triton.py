@@ -35,6 +35,8 @@ BLOCKS = {
 }
 """How many queries, and keys where it is not all of a window, a program has at a time."""
 
+STAGES = 1  # pipelined loads would cost the registers that other programs hide their latency with
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -73,17 +75,32 @@ def _tokens(first, place, width, WINDOW: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _load(x, place, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of x, `stride` elements apart, with zeros behind their DIM numbers."""
-    d = tl.arange(0, PADDED)
-    return tl.load(x + place[:, None] * stride + d[None], mask=(d < DIM)[None], other=0.0)
+def _head(head, DIM: tl.constexpr, ODD: tl.constexpr):
+    """A head's first channel, or the one before it if that is odd, and how many channels that is before it."""
+    return head // 2 * (2 * DIM) + head % 2 * (DIM - ODD), head % 2 * ODD
 
 
 @triton.jit
-def _store(x, place, stride, value, DIM: tl.constexpr, PADDED: tl.constexpr):
+def _load(x, place, stride, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr):
+    """Rows of x, `stride` elements apart, from a channel that `_head` names: DIM numbers, if ODD one more that is
+    another head's, and zeros."""
+    d = tl.arange(0, PADDED)
+    return tl.load(x + place[:, None] * stride + d[None], mask=(d < DIM + ODD)[None], other=0.0)
+
+
+@triton.jit
+def _load_only(x, place, stride, skip, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr):
+    """The same with zeros in place of another head's number."""
+    d = tl.arange(0, PADDED)[None]
+    tile = _load(x, place, stride, DIM, PADDED, ODD)
+    return tl.where((d >= skip) & (d < skip + DIM), tile, 0.0) if ODD else tile
+
+
+@triton.jit
+def _store(x, place, stride, skip, value, DIM: tl.constexpr, PADDED: tl.constexpr):
     d = tl.arange(0, PADDED)
     pointers = x + place[:, None] * stride + d[None]
-    tl.store(pointers, value.to(x.dtype.element_ty), mask=(d < DIM)[None])
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=((d >= skip) & (d < skip + DIM))[None])
 
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which multiplies bfloat16 as integers
@@ -123,62 +140,64 @@ def _logits(
 @triton.jit
 def attend(
     qkv, table, out, lse, height, width,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    QUERIES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, W, C) and lse (B, H, W, heads) of qkv (B, H, W, 3·C) and table (heads, (2w - 1)²) over SCALE."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
     STRIDE: tl.constexpr = 3 * HEADS * DIM
     UNIT: tl.constexpr = SCALE * LOG2E
     head = tl.program_id(0) % HEADS
+    channel, skip = _head(head, DIM, ODD)
     pixel, where = _window(tl.program_id(0) // HEADS, height, width, WINDOW, SHIFT)
-    qkv += pixel * STRIDE + head * DIM
-    out += pixel * (HEADS * DIM) + head * DIM
+    qkv += pixel * STRIDE + channel
+    out += pixel * (HEADS * DIM) + channel
     lse += pixel * HEADS + head
     place_k, region_k, entry_k = _tokens(0, where, width, WINDOW, TOKENS)
-    k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
-    v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+    k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
+    v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
     for first in range(0, TOKENS, QUERIES):
         place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
-        q = _load(qkv, place, STRIDE, DIM, PADDED)
+        q = _load_only(qkv, place, STRIDE, skip, DIM, PADDED, ODD)
         biases = _load_table(table, head, WINDOW)  # in the loop, where it is used: registers are short
         place_in_table = entry[:, None] - entry_k[None]
         logits = _logits(q, k, place_in_table, region, region_k, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
         largest = tl.max(logits, 1) * UNIT
         weights = tl.exp2(logits * UNIT - largest[:, None])
         total = tl.sum(weights, 1)
-        y = _dot(weights.to(v.dtype), v, None, PRECISION) / total[:, None]
-        _store(out, place, HEADS * DIM, y, DIM, PADDED)
+        y = _dot(weights.to(v.dtype), v, None, PRECISION) * (1 / total)[:, None]
+        _store(out, place, HEADS * DIM, skip, y, DIM, PADDED)
         tl.store(lse + place * HEADS, largest + tl.log2(total))
 
 
 @triton.jit
 def differentiate_inputs(
     grad, out, lse, qkv, table, grad_qkv, delta, height, width,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    QUERIES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of qkv, and delta (B, H, W, heads), each query's product of result and gradient."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
     STRIDE: tl.constexpr = 3 * HEADS * DIM
     head = tl.program_id(0) % HEADS
+    channel, skip = _head(head, DIM, ODD)
     pixel, where = _window(tl.program_id(0) // HEADS, height, width, WINDOW, SHIFT)
-    qkv += pixel * STRIDE + head * DIM
-    grad_qkv += pixel * STRIDE + head * DIM
-    grad += pixel * (HEADS * DIM) + head * DIM
-    out += pixel * (HEADS * DIM) + head * DIM
+    qkv += pixel * STRIDE + channel
+    grad_qkv += pixel * STRIDE + channel
+    grad += pixel * (HEADS * DIM) + channel
+    out += pixel * (HEADS * DIM) + channel
     lse += pixel * HEADS + head
     delta += pixel * HEADS + head
     place_k, region_k, entry_k = _tokens(0, where, width, WINDOW, TOKENS)
-    k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
-    v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+    k = _load(qkv + HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
+    v = _load(qkv + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
     grad_k = tl.zeros((TOKENS, PADDED), tl.float32)
     grad_v = tl.zeros((TOKENS, PADDED), tl.float32)
     for first in range(0, TOKENS, QUERIES):
         place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
-        q = _load(qkv, place, STRIDE, DIM, PADDED)
-        g = _load(grad, place, HEADS * DIM, DIM, PADDED)
-        y = _load(out, place, HEADS * DIM, DIM, PADDED)
+        q = _load_only(qkv, place, STRIDE, skip, DIM, PADDED, ODD)
+        g = _load_only(grad, place, HEADS * DIM, skip, DIM, PADDED, ODD)
+        y = _load(out, place, HEADS * DIM, DIM, PADDED, ODD)
         product = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
         tl.store(delta + place * HEADS, product)
         biases = _load_table(table, head, WINDOW)  # in the loop, where it is used: registers are short
@@ -189,21 +208,22 @@ def differentiate_inputs(
         grad_logits = (weights * (_dot(v, tl.trans(g), None, PRECISION) - product[None])).to(q.dtype)
         grad_k = _dot(grad_logits, q, grad_k, PRECISION)
         grad_q = _dot(tl.trans(grad_logits), k, None, PRECISION) * SCALE
-        _store(grad_qkv, place, STRIDE, grad_q, DIM, PADDED)
-    _store(grad_qkv + HEADS * DIM, place_k, STRIDE, grad_k * SCALE, DIM, PADDED)
-    _store(grad_qkv + 2 * HEADS * DIM, place_k, STRIDE, grad_v, DIM, PADDED)
+        _store(grad_qkv, place, STRIDE, skip, grad_q, DIM, PADDED)
+    _store(grad_qkv + HEADS * DIM, place_k, STRIDE, skip, grad_k * SCALE, DIM, PADDED)
+    _store(grad_qkv + 2 * HEADS * DIM, place_k, STRIDE, skip, grad_v, DIM, PADDED)
 
 
 @triton.jit
 def differentiate_bias(
     grad, lse, delta, qkv, table, part, windows, groups, height, width,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each group of windows the sum of the gradients of their logits, (groups, heads, w², w²)."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
     STRIDE: tl.constexpr = 3 * HEADS * DIM
     head = tl.program_id(0) % HEADS
+    channel, skip = _head(head, DIM, ODD)
     tile = tl.program_id(0) // HEADS % ((TOKENS // QUERIES) * (TOKENS // KEYS))
     group = tl.program_id(0) // (HEADS * (TOKENS // QUERIES) * (TOKENS // KEYS))
     first = tile // (TOKENS // KEYS) * QUERIES
@@ -211,18 +231,18 @@ def differentiate_bias(
     total = tl.zeros((QUERIES, KEYS), tl.float32)
     for window in range(group, windows, groups):
         pixel, where = _window(window, height, width, WINDOW, SHIFT)
-        x = qkv + pixel * STRIDE + head * DIM
+        x = qkv + pixel * STRIDE + channel
         place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
         place_k, region_k, entry_k = _tokens(first_key, where, width, WINDOW, KEYS)
-        q = _load(x, place, STRIDE, DIM, PADDED)
-        k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+        q = _load_only(x, place, STRIDE, skip, DIM, PADDED, ODD)
+        k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
         biases = _load_table(table, head, WINDOW)  # in the loop, lest every logit's bias be kept in registers
         place_in_table = entry[:, None] - entry_k[None]
         logits = _logits(q, k, place_in_table, region, region_k, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
         numbers = pixel * HEADS + head + place * HEADS
         weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + numbers)[:, None])
-        g = _load(grad + pixel * (HEADS * DIM) + head * DIM, place, HEADS * DIM, DIM, PADDED)
-        v = _load(x + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED)
+        g = _load_only(grad + pixel * (HEADS * DIM) + channel, place, HEADS * DIM, skip, DIM, PADDED, ODD)
+        v = _load(x + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
         total += weights * (_dot(g, tl.trans(v), None, PRECISION) - tl.load(delta + numbers)[:, None])
     row = (group * HEADS + head) * TOKENS + first + tl.arange(0, QUERIES)
     column = first_key + tl.arange(0, KEYS)
@@ -250,8 +270,8 @@ def constants(kernel: str, channels: int, heads: int, window: int, shift: int, d
     """The `tl.constexpr` arguments of a kernel but `sum_diagonals`, for `channels` of a result."""
     dim, tokens = channels // heads, window**2
     shared = {
-        "HEADS": heads, "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)), "WINDOW": window, "SHIFT": shift,
-        "SCALE": dim**-0.5, "PRECISION": "tf32x3",
+        "HEADS": heads, "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)), "ODD": dim % 2 * (heads % 2 == 0),
+        "WINDOW": window, "SHIFT": shift, "SCALE": dim**-0.5, "PRECISION": "tf32x3",
     }  # fmt: skip
     return shared | {name: min(size, tokens) for name, size in BLOCKS[kernel].items()}
 
@@ -274,7 +294,14 @@ def forward(qkv: Tensor, table: Tensor, num_heads: int, window_size: int, shift:
     settings = constants("attend", channels, num_heads, window_size, shift, qkv.dtype)
     with torch.cuda.device_of(qkv):
         attend[(_windows(qkv, window_size) * num_heads,)](
-            qkv, _table(table, channels // num_heads), out, lse, *pixels[1:], **settings, num_warps=WARPS["attend"]
+            qkv,
+            _table(table, channels // num_heads),
+            out,
+            lse,
+            *pixels[1:],
+            **settings,
+            num_warps=WARPS["attend"],
+            num_stages=STAGES,
         )
     return out, lse
 
@@ -292,13 +319,23 @@ def backward(
     with torch.cuda.device_of(qkv):
         settings = constants("differentiate_inputs", channels, num_heads, window_size, shift, qkv.dtype)
         differentiate_inputs[(windows * num_heads,)](
-            grad, out, lse, qkv, scaled, grad_qkv, delta, *sizes, **settings, num_warps=WARPS["differentiate_inputs"]
+            grad,
+            out,
+            lse,
+            qkv,
+            scaled,
+            grad_qkv,
+            delta,
+            *sizes,
+            **settings,
+            num_warps=WARPS["differentiate_inputs"],
+            num_stages=STAGES,
         )
         settings = constants("differentiate_bias", channels, num_heads, window_size, shift, qkv.dtype)
         tiles = tokens // settings["QUERIES"] * (tokens // settings["KEYS"])
         differentiate_bias[(groups * num_heads * tiles,)](
             grad, lse, delta, qkv, scaled, part, windows, groups, *sizes, **settings,
-            num_warps=WARPS["differentiate_bias"],
+            num_warps=WARPS["differentiate_bias"], num_stages=STAGES,
         )  # fmt: skip
         grad_table = lse.new_empty(num_heads, (2 * window_size - 1) ** 2)
         sum_diagonals[(num_heads * (2 * window_size - 1),)](
