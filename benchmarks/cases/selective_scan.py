@@ -49,12 +49,14 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
         }
         constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
         programs, work = b * segments * cdiv(d, width), tokens * d * n
-        result.append(
-            Case(
-                kernel, name, types(kernel), constants, scan.WARPS,
-                programs, "state update", work, scan.SEGMENT * n * width / (32 * scan.WARPS), arithmetic, trips, moved,
-            )
-        )  # fmt: skip
+        # The network scans in an order; the second variant only shows that it builds.
+        for title, variant in ((name, constants), (f"{name} without order", {**constants, "order": None})):
+            result.append(
+                Case(
+                    kernel, title, types(kernel), variant, scan.WARPS, programs, "state update", work,
+                    scan.SEGMENT * n * width / (32 * scan.WARPS), arithmetic, trips, moved,
+                )
+            )  # fmt: skip
     programs, moved, work = cdiv(d, 32) * n * b, 2 * entering + entering // n, b * segments * d * n
     result.append(
         Case(

@@ -11,6 +11,10 @@ import pytest
 AOT = Path(__file__).parents[2] / "benchmarks" / "aot.py"
 OPERATORS = sorted(path.stem for path in AOT.parent.glob("cases/[a-z]*.py"))
 SCAN_LIMITS = {"forward_ends": 5.8, "forward_outputs": 7.1, "backward_ends": 5.8, "backward_inputs": 20.5}
+"""Instructions a state update."""
+
+OVER = {"backward_inputs": 1.75, "backward_inputs without order": 1.7, "differentiate_prompt": 1.55}
+"""Those that miss their aim of 1.5 times their floor, and by how much."""
 
 
 def costs(
@@ -43,6 +47,15 @@ def test_kernels_build_for_gpus_without_spilling_registers(
     assert rows
     for name, row in rows.items():
         assert row["stack"] == 0, f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_kernel_takes_much_longer_than_its_arithmetic_and_bytes(
+    operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, row in costs(operator, 90, "base", "bf16", monkeypatch).items():
+        limit = OVER.get(name, 1.5)
+        assert row["ratio"] <= limit, f"{name}: {row['ratio']:.2f} times its floor, bound by {row['binding']}"
 
 
 def test_the_scan_stays_within_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
