@@ -50,8 +50,7 @@ bench: $(READY)  ## the benchmarks that this computer can run
 	for name in operators step data aot; do $(PY) benchmarks/$$name.py || exit; done
 
 gpu: $(READY)  ## everything that needs a GPU: correctness, then timings
-	$(PY) -m pytest -m gpu
-	$(PY) -m pytest -m 'slow or not slow' tests/kernels --ignore tests/kernels/test_aot_limits.py
+	$(PY) -m pytest -m 'slow or not slow' -k 'triton or gpu'
 	$(PY) benchmarks/operators.py --device cuda $(if $(MAMBA_SDIST),--mamba-sdist $(MAMBA_SDIST)) --out $(OUT)
 	$(PY) benchmarks/step.py
 
