@@ -40,7 +40,7 @@ def costs(
     ],
 )
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_kernels_build_for_gpus_without_spilling_registers(
+def test_kernels_build_without_spilling_registers(
     operator: str, shape: str, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = costs(operator, capability, shape, dtype, monkeypatch)
