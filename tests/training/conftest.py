@@ -52,6 +52,8 @@ def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Workplace:
     """A folder to train in."""
 
+    door: Sequence[str] = ("-m", "mambair_ds.train")
+
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder = folder
         self.config = folder / "tiny.yml"
@@ -63,7 +65,8 @@ class Workplace:
         return [
             sys.executable,
             *(launcher if ranks > 1 else []),
-            *("-m", "mambair_ds.train", "--config", str(self.config)),
+            *self.door,
+            *("--config", str(self.config)),
             *settings,
             *arguments,
         ]

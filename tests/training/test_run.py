@@ -49,6 +49,30 @@ def test_two_ranks_and_one_give_the_same_losses(make_workplace: MakeWorkplace, s
     assert two.scalars() == pytest.approx(one.scalars(), rel=1e-6)
 
 
+def test_zero_3_gathers_parameters_that_operators_take_from_other_modules(make_workplace: MakeWorkplace) -> None:
+    """DeepSpeed leaves parameters as small as these whole; here it must split them all."""
+    one, two = make_workplace("one"), make_workplace("two")
+    (two.folder / "train.py").write_text("""
+import sys
+from mambair_ds.training import engine
+make_config = engine.deepspeed_config
+def deepspeed_config(*arguments):
+    config = make_config(*arguments)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+engine.deepspeed_config = deepspeed_config
+from mambair_ds.train import main
+sys.exit(main())
+""")
+    two.door = ("train.py",)
+    settings = ["train.total_iter=4", "train.grad_clip=0.5", "network.use_checkpoint=true"]
+    done = one.train(*settings)
+    assert done.returncode == 0, done.stderr
+    done = two.train(*settings, "data.train.batch_size=2", "train.zero_stage=3", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert two.scalars() == pytest.approx(one.scalars(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
