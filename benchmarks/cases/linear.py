@@ -6,8 +6,10 @@ from triton import cdiv
 
 from mambair_ds.kernels.linear import triton as linear
 
-GELU = 20
-"""Instructions of the activation, and about as many of its derivative."""
+GELU = 10
+"""Instructions of the activation."""
+SLOPE = 15
+"""Of its derivative, with the product."""
 NORM = 6
 """Of a normalized number: two sums, the centering twice, the square, the product with 1 / deviation."""
 
@@ -50,7 +52,6 @@ def _cases(use: str, rows: int, inputs: int, outputs: int, options: frozenset[st
     def flops(name: str) -> int:
         return 2 * rows * width * cdiv(outputs, cuts[name].outputs) * cuts[name].outputs * rate
 
-    activation = GELU * y if gelu else 0
     normalized = NORM * x if norm else 0
     weights = width * height * wide
 
@@ -78,12 +79,12 @@ def _cases(use: str, rows: int, inputs: int, outputs: int, options: frozenset[st
         ),
         case(
             linear.multiply_rows, "multiply", forward, x + y, cuts["multiply"].rows * (inputs + outputs),
-            normalized + activation + (1 + residual + 2 * skip) * y, (cdiv(outputs, cuts["multiply"].outputs),),
+            normalized + (1 + GELU * gelu + residual + 2 * skip) * y, (cdiv(outputs, cuts["multiply"].outputs),),
             (x + (1 + residual + skip) * y) * wide + weights + 8 * rows * norm, flops("multiply"),
         ),
         case(
             linear.differentiate_rows, "differentiate", backward, x + y,
-            cuts["differentiate"].rows * (inputs + outputs), normalized + activation + (3 * skip + gelu) * y,
+            cuts["differentiate"].rows * (inputs + outputs), normalized + (3 * skip + SLOPE * gelu) * y,
             (cdiv(outputs, cuts["differentiate"].outputs),),
             ((1 + (norm or gelu)) * x + (1 + gelu + 2 * skip) * y) * wide + weights
             + 4 * (2 * rows * norm + backward * outputs * skip),

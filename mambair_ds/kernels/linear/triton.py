@@ -56,12 +56,12 @@ class Plan(NamedTuple):
 PLANS = {
     ("multiply", "narrow"): Plan(128, 64, 64, 8, 2),
     ("multiply", "wide"): Plan(128, 32, 64, 8, 2),
-    ("multiply", "float32"): Plan(64, 32, 64, 4, 1),
+    ("multiply", "float32"): Plan(16, 32, 64, 4, 1),
     ("differentiate", "narrow"): Plan(128, 32, 64, 8, 3),
     ("differentiate", "wide"): Plan(64, 64, 128, 8, 2),
-    ("differentiate", "float32"): Plan(64, 32, 64, 8, 1),
-    ("weight", "narrow"): Plan(64, 128, 64, 8, 2),
-    ("weight", "wide"): Plan(64, 128, 64, 8, 2),
+    ("differentiate", "float32"): Plan(16, 32, 64, 4, 1),
+    ("weight", "narrow"): Plan(32, 128, 64, 8, 2),
+    ("weight", "wide"): Plan(32, 128, 64, 8, 2),
     ("weight", "float32"): Plan(32, 64, 64, 8, 1),
 }
 """By kernel and by what it multiplies: rows of at most `NARROW` channels, wider ones, or float32."""
@@ -290,17 +290,23 @@ def differentiate_rows(
         mean, rate = _load_statistics(statistics, rows, inside)  # again: no registers for them in the loop
         plain = tl.zeros((ROWS,), tl.float32)
         along = tl.zeros((ROWS,), tl.float32)
+        scaled = ()
         for j in tl.static_range(TILES):
             tile, _place, _mask = _load_tile(x, r, inside, j, IN, TILE)
-            plain += tl.sum(sums[j], 1)
-            along += tl.sum(sums[j] * (tile - mean[:, None]), 1)
+            value = sums[j] * rate[:, None]
+            plain += tl.sum(value, 1)
+            along += tl.sum(value * (tile - mean[:, None]), 1)
+            scaled = scaled + (value,)
+            tl.debug_barrier()  # so that x is loaded tile by tile, and once more below: no registers for it either
+        sums = scaled
         plain = plain / IN
         along = along * rate * rate / IN
     for j in tl.static_range(TILES):
         tile, place, mask = _load_tile(x, r, inside, j, IN, TILE)
         value = sums[j]
         if NORM:
-            value = (value - plain[:, None] - (tile - mean[:, None]) * along[:, None]) * rate[:, None]
+            mean, _rate = _load_statistics(statistics, rows, inside)
+            value -= plain[:, None] + (tile - mean[:, None]) * along[:, None]
         tl.store(grad_x + place, value.to(grad_x.dtype.element_ty), mask=mask)
 
 
