@@ -16,7 +16,8 @@ MASK = 2
 
 
 def cases(shape: Shape, dtype: str) -> list[Case]:
-    """The forward pass and both parts of the backward pass."""
+    """The forward pass and the parts of the backward pass."""
+    element = torch.bfloat16 if dtype == "bf16" else torch.float32
     wide = 2 if dtype == "bf16" else 4
     activations = {"qkv", "out", "grad", "grad_qkv"}
     tokens = shape.window**2
@@ -34,10 +35,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
     result = []
     for kernel in (attention.attend, attention.differentiate_inputs, attention.differentiate_bias):
         name = kernel.__name__
-        constants = attention.constants(
-            name, shape.dim, shape.heads, shape.window, shape.window // 2,
-            torch.bfloat16 if dtype == "bf16" else torch.float32,
-        )  # fmt: skip
+        constants = attention.constants(name, shape.dim, shape.heads, shape.window, shape.window // 2, element)
         queries, keys = constants["QUERIES"], constants.get("KEYS", tokens)
         if name == "differentiate_bias":
             tiles = (tokens // queries) * (tokens // keys)
@@ -46,7 +44,8 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
             programs, trips = windows * shape.heads, (tokens // queries,)
         integers = {"height", "width", "windows", "groups"}
         types = {x: f"*{dtype}" if x in activations else "i32" if x in integers else "*fp32" for x in kernel.arg_names}
-        warps = attention.WARPS[name]
+        options = attention.options(name, element)
+        warps = options["num_warps"]
         dim = shape.dim // shape.heads
         result.append(
             Case(
@@ -56,4 +55,14 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
                 matrix=2 * PRODUCTS[name] * dim * logits, stages=attention.STAGES,
             )
         )  # fmt: skip
+    side = 2 * shape.window - 1
+    programs, additions = shape.heads * side, shape.heads * tokens**2
+    result.append(
+        Case(
+            attention.sum_diagonals, "sum_diagonals", {"grad_bias": "*fp32", "grad_table": "*fp32"},
+            {"WINDOW": shape.window, "HEADS": shape.heads}, 1,
+            programs, "number", additions, additions / programs / 32, 1, (shape.window**2 / side,),
+            4 * (additions + programs * side),
+        )
+    )  # fmt: skip
     return result

@@ -27,13 +27,20 @@ from torch import Tensor
 from mambair_ds.kernels.window_attention.operator import make_operator
 
 GROUPS = 16  # into which the windows are divided, and each of which has its own sum of the bias' gradient
-WARPS = {"attend": 4, "differentiate_inputs": 8, "differentiate_bias": 8}
-BLOCKS = {
-    "attend": {"QUERIES": 64},
-    "differentiate_inputs": {"QUERIES": 32},
-    "differentiate_bias": {"QUERIES": 128, "KEYS": 64},
+TILES = {
+    2: {
+        "attend": (4, {"QUERIES": 64}),
+        "differentiate_inputs": (8, {"QUERIES": 64}),
+        "differentiate_bias": (8, {"QUERIES": 128, "KEYS": 64}),
+    },
+    4: {
+        "attend": (4, {"QUERIES": 16}),
+        "differentiate_inputs": (8, {"QUERIES": 16}),
+        "differentiate_bias": (8, {"QUERIES": 64, "KEYS": 64}),
+    },
 }
-"""How many queries, and keys where it is not all of a window, a program has at a time."""
+"""By the bytes of an element: a kernel's warps, and how many queries, and keys where it is not all of a window, a
+program has at a time. In bfloat16 these fill the registers of compute capabilities 8.0 to 10.0 without spilling."""
 
 STAGES = 1  # pipelined loads would cost the registers that other programs hide their latency with
 
@@ -85,7 +92,7 @@ def _load(x, place, stride, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.con
     """Rows of x, `stride` elements apart, from a channel that `_head` names: DIM numbers, if ODD one more that is
     another head's, and zeros."""
     d = tl.arange(0, PADDED)
-    return tl.load(x + place[:, None] * stride + d[None], mask=(d < DIM + ODD)[None], other=0.0)
+    return tl.load(x + (place[:, None] * stride + d[None]), mask=(d < DIM + ODD)[None], other=0.0)
 
 
 @triton.jit
@@ -99,7 +106,7 @@ def _load_only(x, place, stride, skip, DIM: tl.constexpr, PADDED: tl.constexpr, 
 @triton.jit
 def _store(x, place, stride, skip, value, DIM: tl.constexpr, PADDED: tl.constexpr):
     d = tl.arange(0, PADDED)
-    pointers = x + place[:, None] * stride + d[None]
+    pointers = x + (place[:, None] * stride + d[None])
     tl.store(pointers, value.to(x.dtype.element_ty), mask=((d >= skip) & (d < skip + DIM))[None])
 
 
@@ -200,15 +207,18 @@ def differentiate_inputs(
         y = _load(out, place, HEADS * DIM, DIM, PADDED, ODD)
         product = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
         tl.store(delta + place * HEADS, product)
+        log = tl.load(lse + place * HEADS)
         biases = _load_table(table, head, WINDOW)  # in the loop, where it is used: registers are short
         place_in_table = entry[None] - entry_k[:, None]
         logits = _logits(k, q, place_in_table, region_k, region, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
-        weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + place * HEADS)[None])
+        weights = tl.exp2(logits * (SCALE * LOG2E) - log[None])
         grad_v = _dot(weights.to(g.dtype), g, grad_v, PRECISION)
         grad_logits = (weights * (_dot(v, tl.trans(g), None, PRECISION) - product[None])).to(q.dtype)
-        grad_k = _dot(grad_logits, q, grad_k, PRECISION)
         grad_q = _dot(tl.trans(grad_logits), k, None, PRECISION) * SCALE
+        grad_k = _dot(grad_logits, q, grad_k, PRECISION)
         _store(grad_qkv, place, STRIDE, skip, grad_q, DIM, PADDED)
+    # The grid has one row. The compiler does not know that, and computes these places again instead of keeping them.
+    place_k, _, _ = _tokens(tl.program_id(1), where, width, WINDOW, TOKENS)
     _store(grad_qkv + HEADS * DIM, place_k, STRIDE, skip, grad_k * SCALE, DIM, PADDED)
     _store(grad_qkv + 2 * HEADS * DIM, place_k, STRIDE, skip, grad_v, DIM, PADDED)
 
@@ -217,7 +227,8 @@ def differentiate_inputs(
 def differentiate_bias(
     grad, lse, delta, qkv, table, part, windows, groups, height, width,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr,
-    WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each group of windows the sum of the gradients of their logits, (groups, heads, w², w²)."""
     TOKENS: tl.constexpr = WINDOW * WINDOW
@@ -273,7 +284,12 @@ def constants(kernel: str, channels: int, heads: int, window: int, shift: int, d
         "HEADS": heads, "DIM": dim, "PADDED": max(16, triton.next_power_of_2(dim)), "ODD": dim % 2 * (heads % 2 == 0),
         "WINDOW": window, "SHIFT": shift, "SCALE": dim**-0.5, "PRECISION": "tf32x3",
     }  # fmt: skip
-    return shared | {name: min(size, tokens) for name, size in BLOCKS[kernel].items()}
+    return shared | {name: min(size, tokens) for name, size in TILES[dtype.itemsize][kernel][1].items()}
+
+
+def options(kernel: str, dtype: torch.dtype) -> dict[str, int]:
+    """How a kernel but `sum_diagonals` is compiled."""
+    return {"num_warps": TILES[dtype.itemsize][kernel][0], "num_stages": STAGES}
 
 
 def _windows(x: Tensor, window: int) -> int:
@@ -292,16 +308,10 @@ def forward(qkv: Tensor, table: Tensor, num_heads: int, window_size: int, shift:
     out = qkv.new_empty((*pixels, channels))
     lse = qkv.new_empty((*pixels, num_heads), dtype=torch.float32)
     settings = constants("attend", channels, num_heads, window_size, shift, qkv.dtype)
+    scaled = _table(table, channels // num_heads)
     with torch.cuda.device_of(qkv):
         attend[(_windows(qkv, window_size) * num_heads,)](
-            qkv,
-            _table(table, channels // num_heads),
-            out,
-            lse,
-            *pixels[1:],
-            **settings,
-            num_warps=WARPS["attend"],
-            num_stages=STAGES,
+            qkv, scaled, out, lse, *pixels[1:], **settings, **options("attend", qkv.dtype)
         )
     return out, lse
 
@@ -317,26 +327,15 @@ def backward(
     part = lse.new_empty(groups, num_heads, tokens, tokens)
     scaled = _table(table, channels // num_heads)
     with torch.cuda.device_of(qkv):
-        settings = constants("differentiate_inputs", channels, num_heads, window_size, shift, qkv.dtype)
-        differentiate_inputs[(windows * num_heads,)](
-            grad,
-            out,
-            lse,
-            qkv,
-            scaled,
-            grad_qkv,
-            delta,
-            *sizes,
-            **settings,
-            num_warps=WARPS["differentiate_inputs"],
-            num_stages=STAGES,
-        )
-        settings = constants("differentiate_bias", channels, num_heads, window_size, shift, qkv.dtype)
+        name = "differentiate_inputs"
+        settings = constants(name, channels, num_heads, window_size, shift, qkv.dtype) | options(name, qkv.dtype)
+        differentiate_inputs[(windows * num_heads,)](grad, out, lse, qkv, scaled, grad_qkv, delta, *sizes, **settings)
+        name = "differentiate_bias"
+        settings = constants(name, channels, num_heads, window_size, shift, qkv.dtype) | options(name, qkv.dtype)
         tiles = tokens // settings["QUERIES"] * (tokens // settings["KEYS"])
         differentiate_bias[(groups * num_heads * tiles,)](
-            grad, lse, delta, qkv, scaled, part, windows, groups, *sizes, **settings,
-            num_warps=WARPS["differentiate_bias"], num_stages=STAGES,
-        )  # fmt: skip
+            grad, lse, delta, qkv, scaled, part, windows, groups, *sizes, **settings
+        )
         grad_table = lse.new_empty(num_heads, (2 * window_size - 1) ** 2)
         sum_diagonals[(num_heads * (2 * window_size - 1),)](
             part.sum(0), grad_table, WINDOW=window_size, HEADS=num_heads, num_warps=1
