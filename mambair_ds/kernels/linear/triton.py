@@ -59,7 +59,7 @@ PLANS = {
     ("multiply", "float32"): Plan(16, 32, 64, 4, 1),
     ("differentiate", "narrow"): Plan(128, 32, 64, 8, 3),
     ("differentiate", "wide"): Plan(64, 64, 128, 8, 2),
-    ("differentiate", "float32"): Plan(16, 32, 64, 4, 1),
+    ("differentiate", "float32"): Plan(16, 32, 64, 8, 1),
     ("weight", "narrow"): Plan(32, 128, 64, 8, 2),
     ("weight", "wide"): Plan(32, 128, 64, 8, 2),
     ("weight", "float32"): Plan(32, 64, 64, 8, 1),
