@@ -31,7 +31,7 @@ TILES = {
     2: {
         "attend": (4, {"QUERIES": 64}),
         "differentiate_inputs": (8, {"QUERIES": 64}),
-        "differentiate_bias": (8, {"QUERIES": 128, "KEYS": 64}),
+        "differentiate_bias": (8, {"QUERIES": 128, "KEYS": 128}),
     },
     4: {
         "attend": (4, {"QUERIES": 16}),
@@ -241,13 +241,14 @@ def differentiate_bias(
     first_key = tile % (TOKENS // KEYS) * KEYS
     total = tl.zeros((QUERIES, KEYS), tl.float32)
     for window in range(group, windows, groups):
+        zero = tl.minimum(window, 0)  # the compiler, which does not know, keeps no biases and places in registers
         pixel, where = _window(window, height, width, WINDOW, SHIFT)
         x = qkv + pixel * STRIDE + channel
-        place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
+        place, region, entry = _tokens(first + zero, where, width, WINDOW, QUERIES)
         place_k, region_k, entry_k = _tokens(first_key, where, width, WINDOW, KEYS)
         q = _load_only(x, place, STRIDE, skip, DIM, PADDED, ODD)
         k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
-        biases = _load_table(table, head, WINDOW)  # in the loop, lest every logit's bias be kept in registers
+        biases = _load_table(table + zero, head, WINDOW)
         place_in_table = entry[:, None] - entry_k[None]
         logits = _logits(q, k, place_in_table, region, region_k, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
         numbers = pixel * HEADS + head + place * HEADS
