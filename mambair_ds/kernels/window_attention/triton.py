@@ -36,7 +36,7 @@ TILES = {
     4: {
         "attend": (4, {"QUERIES": 16}),
         "differentiate_inputs": (8, {"QUERIES": 16}),
-        "differentiate_bias": (8, {"QUERIES": 64, "KEYS": 64}),
+        "differentiate_bias": (8, {"QUERIES": 128, "KEYS": 64}),
     },
 }
 """By the bytes of an element: a kernel's warps, and how many queries, and keys where it is not all of a window, a
