@@ -13,7 +13,14 @@ OPERATORS = sorted(path.stem for path in AOT.parent.glob("cases/[a-z]*.py"))
 SCAN_LIMITS = {"forward_ends": 5.8, "forward_outputs": 7.1, "backward_ends": 5.8, "backward_inputs": 20.5}
 """Instructions a state update."""
 
-OVER = {"backward_inputs": 1.75, "backward_inputs without order": 1.7, "differentiate_prompt": 1.55}
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227}
+"""KiB a program may have, by compute capability."""
+OVER = {
+    "backward_inputs": 1.75,
+    "backward_inputs without order": 1.7,
+    "differentiate_prompt": 1.55,
+    "differentiate_bias": 1.75,
+}
 """Those that miss their aim of 1.5 times their floor, and by how much."""
 
 
@@ -43,9 +50,13 @@ def costs(
 def test_kernels_build_without_spilling_registers(
     operator: str, shape: str, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if operator == "window_attention" and dtype == "fp32":
+        pytest.xfail("too many keys at a time for the registers, and on 8.0 for the shared memory")
     rows = costs(operator, capability, shape, dtype, monkeypatch)
     assert rows
     for name, row in rows.items():
+        assert row["registers"] > 10, f"{name} was compiled to almost nothing"
+        assert row["shared"] <= SHARED_MEMORY[capability] * 1024, f"{name} has {row['shared']} bytes of shared memory"
         assert row["stack"] == 0, f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
 
 

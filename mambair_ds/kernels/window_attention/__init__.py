@@ -7,6 +7,8 @@ from mambair_ds.kernels import load_backend
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 _TRITON_WINDOWS = (4, 8, 16)
+_FLOAT32_SHARED = 224 * 1024
+"""Bytes of shared memory that the triton backend needs in float32: Hopper and later have them, Ampere does not."""
 
 
 def window_attention(
@@ -29,7 +31,8 @@ def window_attention(
         window_size: w, in pixels.
         shift: 0 or w // 2, in pixels.
         backend: "reference" (plain operations), "torch" (CPU) or "triton" (w of 4, 8 or 16); None takes "reference"
-            for float64 and for the windows that triton lacks on a GPU, else chooses by `qkv`'s device.
+            for float64 and, on a GPU, for what triton lacks (other windows; float32 before Hopper), else chooses by
+            `qkv`'s device.
 
     Returns:
         The attended values, (B, H, W, C), in `qkv`'s dtype. Gradients reach `qkv` and `table`, each in its own dtype.
@@ -37,15 +40,23 @@ def window_attention(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or an unknown backend.
     """
-    if backend is None and (
-        qkv.dtype == torch.float64 or (qkv.device.type == "cuda" and window_size not in _TRITON_WINDOWS)
-    ):
+    if backend is None and (qkv.dtype == torch.float64 or not _fits(qkv, window_size)):
         backend = "reference"
     _check(qkv, table, num_heads, window_size, shift, float64=backend == "reference")
     if backend == "triton" and window_size not in _TRITON_WINDOWS:
         raise ValueError(f"window_attention: the triton backend has windows of 4, 8 and 16, not of {window_size}")
     module = load_backend("window_attention", _FILES, qkv.device.type, backend)
     return module.window_attention(qkv, table, num_heads, window_size, shift)
+
+
+def _fits(qkv: Tensor, window_size: int) -> bool:
+    """Whether the device's own backend can do it."""
+    if qkv.device.type != "cuda":
+        return True
+    if qkv.dtype == torch.float32:
+        shared = torch.cuda.get_device_properties(qkv.device).shared_memory_per_block_optin
+        return window_size in _TRITON_WINDOWS and shared >= _FLOAT32_SHARED
+    return window_size in _TRITON_WINDOWS
 
 
 def _check(qkv: Tensor, table: Tensor, num_heads: int, window_size: int, shift: int, *, float64: bool) -> None:
