@@ -1,6 +1,8 @@
 """What the Triton kernels may cost, by counts of compiled instructions, so that a GPU need not be at hand to notice."""
 
+import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +26,13 @@ OVER = {
 """Those that miss their aim of 1.5 times their floor, and by how much."""
 
 
-def costs(
-    operator: str, capability: int, shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, dict[str, Any]]:
+@functools.cache
+def costs(operator: str, capability: int, shape: str, dtype: str) -> dict[str, dict[str, Any]]:
     """What benchmarks/aot.py says, by kernel; a program of its own because the tests' runs Triton's interpreter."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(AOT), "--json", "--operator", operator]
     command += ["--capability", str(capability), "--shape", shape, "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return {row["kernel"]: row for row in map(json.loads, done.stdout.splitlines())}
 
@@ -47,12 +48,10 @@ def costs(
     ],
 )
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_kernels_build_without_spilling_registers(
-    operator: str, shape: str, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_build_without_spilling_registers(operator: str, shape: str, dtype: str, capability: int) -> None:
     if operator == "window_attention" and dtype == "fp32":
         pytest.xfail("too many keys at a time for the registers, and on 8.0 for the shared memory")
-    rows = costs(operator, capability, shape, dtype, monkeypatch)
+    rows = costs(operator, capability, shape, dtype)
     assert rows
     for name, row in rows.items():
         assert row["registers"] > 10, f"{name} was compiled to almost nothing"
@@ -61,15 +60,13 @@ def test_kernels_build_without_spilling_registers(
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_no_kernel_takes_much_longer_than_its_arithmetic_and_bytes(
-    operator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, row in costs(operator, 90, "base", "bf16", monkeypatch).items():
+def test_no_kernel_takes_much_longer_than_its_arithmetic_and_bytes(operator: str) -> None:
+    for name, row in costs(operator, 90, "base", "bf16").items():
         limit = OVER.get(name, 1.5)
         assert row["ratio"] <= limit, f"{name}: {row['ratio']:.2f} times its floor, bound by {row['binding']}"
 
 
-def test_the_scan_stays_within_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = costs("selective_scan", 90, "base", "bf16", monkeypatch)
+def test_the_scan_stays_within_its_instructions() -> None:
+    rows = costs("selective_scan", 90, "base", "bf16")
     for name, limit in SCAN_LIMITS.items():
         assert rows[name]["total"] <= limit, f"{name}: {rows[name]['total']:.2f} instructions a state update"

@@ -1,7 +1,7 @@
 """Window attention on the CPU: loops compiled by numba that keep a few queries' logits in the cache and none in memory.
 
-PyTorch's own fast attention gives no gradient to a bias on a CPU, and falls back to plain operations that write, read and
-keep the logits of all windows: 32 MiB each time, in every layer, for two 64×64 pictures. Here the backward pass
+PyTorch's own fast attention gives no gradient to a bias on a CPU, and falls back to plain operations that write, read
+and keep the logits of all windows: 32 MiB each time, in every layer, for two 64×64 pictures. Here the backward pass
 computes them again, from the logarithm of each query's sum that the forward pass leaves. A window's pixels are read
 and written where they are in the picture.
 
