@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambair_ds.kernels.depthwise_conv.operator import EPS, make_operator
+from mambair_ds.kernels.gpu import gelu, gelu_slope
 
 WARPS = 1
 NORM_WARPS = 4
@@ -29,38 +30,6 @@ NORM_STEPS = 4
 NORM_EPS = tl.constexpr(EPS)
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _gelu(x):
-    """max(x, 0) - |x| Φ(-|x|), with log2 Φ(-|x|) a polynomial: within 2e-7, and 2e-6 of the result above -3."""
-    t = tl.abs(x)
-    p = -8.719965527729255e-07 * t + 4.573650984428112e-05
-    p = p * t - 0.0008342686249017471
-    p = p * t + 0.008232910358883867
-    p = p * t - 0.05357728363583862
-    p = p * t - 0.4587008718677758
-    p = p * t - 1.1512044252996487
-    p = p * t - 0.9999951154578158
-    return tl.maximum(x, 0.0) - t * tl.exp2(p)
-
-
-@triton.jit
-def _gelu_slope(x):
-    """GELU's derivative within 2e-7: h(-x) below 0, 1 - h(x) above, where h(t) = Φ(-t) - t φ(t).
-
-    h is 0 at 0.7518, and h(t) / (0.7518 - t) is positive: its logarithm is a polynomial.
-    """
-    t = tl.abs(x)
-    p = -1.9199096979011044e-05 * t + 0.00034553037965406115
-    p = p * t - 0.0028440558493377736
-    p = p * t + 0.014655694467394901
-    p = p * t - 0.0547286983067037
-    p = p * t - 0.5607138877845187
-    p = p * t - 0.38318490157846274
-    p = p * t - 0.5884047808049608
-    h = (0.7517915246935644 - t) * tl.exp2(p)
-    return tl.where(x >= 0, 1.0 - h, h)
 
 
 @triton.jit
@@ -146,7 +115,7 @@ def _convolve_row(
         c = _dot(rows, j, taps, shift, K)
         center = rows[K // 2 * SPAN + j + K // 2]
         if EPILOGUE == "gelu_residual":
-            c = center + _gelu(c)
+            c = center + gelu(c)
         elif EPILOGUE == "sigmoid_gate":
             c = center * _sigmoid(c)
         elif EPILOGUE == "gate":
@@ -215,7 +184,7 @@ def _differentiate_row(
         if EPILOGUE != "none":
             c = _dot(rows, j, taps, shift, K)
             if EPILOGUE == "gelu_residual":
-                g = g * _gelu_slope(c)
+                g = g * gelu_slope(c)
             elif EPILOGUE == "sigmoid_gate":
                 s = _sigmoid(c)
                 c = g * s

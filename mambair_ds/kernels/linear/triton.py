@@ -16,7 +16,6 @@ Sums are float32. There are no atomics: parts are added up in a fixed order, so 
 # mypy: disable-error-code="assignment, index, no-untyped-def, var-annotated"
 # ruff: noqa: RUF005 (Triton's tuples grow by +)
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambair_ds.kernels.gpu import dot, gelu, gelu_slope
 from mambair_ds.kernels.linear import reference
 from mambair_ds.kernels.linear.operator import make_operator
 
@@ -67,40 +67,6 @@ PLANS = {
 """By kernel and by what it multiplies: rows of at most `NARROW` channels, wider ones, or float32."""
 
 EPSILON = tl.constexpr(1e-5)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which multiplies bfloat16 as integers
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _tail(t):
-    """Φ(-t) for t >= 0, by a polynomial for its logarithm: within 4e-7 everywhere, and t Φ(-t) within 5e-7."""
-    p = -7.954661e-07 * t + 4.3588387e-05
-    p = p * t - 0.00081117509
-    p = p * t + 0.0081298696
-    p = p * t - 0.053374931
-    p = p * t - 0.45887116
-    p = p * t - 1.1511515
-    return tl.exp2(p * t - 0.99999899)
-
-
-@triton.jit
-def _gelu(x):
-    t = tl.abs(x)
-    return tl.maximum(x, 0.0) - t * _tail(t)
-
-
-@triton.jit
-def _gelu_slope(x):
-    """Φ(x) + x φ(x)."""
-    t = tl.abs(x)
-    below = _tail(t) - t * tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361593)
-    return tl.where(x < 0, below, 1.0 - below)
 
 
 @triton.jit
@@ -175,7 +141,7 @@ def _multiply(tiles, weights, shift, PRECISION: tl.constexpr):
     """A tile of the product."""
     total = tl.zeros((tiles[0].shape[0], weights[0].shape[0]), tl.float32)
     for j in tl.static_range(len(tiles)):
-        total = _dot(tiles[j], tl.trans(weights[j]), total, PRECISION)
+        total = dot(tiles[j], tl.trans(weights[j]), total, PRECISION)
     return total + shift[None, :]
 
 
@@ -223,7 +189,7 @@ def multiply_rows(
         n = step * STEP + tl.arange(0, STEP)
         value = _multiply(tiles, _load_weights(packed, n, TILES, TILE), tl.load(shift + n), PRECISION)
         if GELU:
-            value = _gelu(value)
+            value = gelu(value)
         place = r[:, None] * OUT + n[None, :]
         mask = inside[:, None] & (n < OUT)[None, :]
         if RESIDUAL:
@@ -277,13 +243,13 @@ def differentiate_rows(
             part = tl.sum(wide * tl.load(skip + place, mask=mask, other=0.0).to(tl.float32), 0)
             tl.store(part_scale + tl.program_id(0) * OUT + n, part, mask=n < OUT)
         if GELU:
-            slope = _gelu_slope(_multiply(tiles, weights, tl.load(shift + n), PRECISION))
+            slope = gelu_slope(_multiply(tiles, weights, tl.load(shift + n), PRECISION))
             g = (g.to(tl.float32) * slope).to(dtype)
             tl.store(grad_a + place, g, mask=mask)
         g = g.to(dtype)
         new = ()
         for j in tl.static_range(TILES):
-            new = new + (_dot(g, weights[j], sums[j], PRECISION),)
+            new = new + (dot(g, weights[j], sums[j], PRECISION),)
         sums = new
     grad_x += first * IN
     if NORM:
@@ -345,7 +311,7 @@ def differentiate_weight(
             if NORM:
                 tile = (tile.to(tl.float32) - mean[:, None]) * rate[:, None]
             tile = tl.where((k == IN)[None, :], one, tile.to(dtype))
-            new = new + (_dot(tl.trans(g), tile, sums[j], PRECISION),)
+            new = new + (dot(tl.trans(g), tile, sums[j], PRECISION),)
         sums = new
     parts += tl.program_id(1).to(tl.int64) * (OUT * (IN + 1))
     for j in tl.static_range(TILES):

@@ -8,12 +8,12 @@ cosine are polynomials too.
 
 # mypy: disable-error-code="no-untyped-def"
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mambair_ds.kernels.gpu import INTERPRETED
 
 BLOCK = 512
 """Counters of a program."""
@@ -22,7 +22,6 @@ WARPS = 4
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_LN2 = tl.constexpr(-0.5287663729448977)
 BELOW_ONE = tl.constexpr(1 - 2.0**-24)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which has no inline assembly
 
 
 @triton.jit

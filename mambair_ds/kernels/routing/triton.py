@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambair_ds.kernels.philox.triton import INTERPRETED, gumbel, gumbel_exponent, words
+from mambair_ds.kernels.gpu import dot
+from mambair_ds.kernels.philox.triton import gumbel, gumbel_exponent, words
 from mambair_ds.kernels.routing.operator import Draw, make_operators
 
 BLOCK = 256
@@ -143,13 +144,6 @@ def place_tokens(
         start += tl.histogram(classes_of, CLASSES, mask=inside)
 
 
-@triton.jit
-def _dot(a, b):
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="tf32x3")  # of float32; narrow numbers have exact products
-
-
 @triton.jit(do_not_specialize=["seed", "stream"])
 def differentiate_prompt(
     grad, scores, noise, positions, seed, stream, table, index, grad_scores, part_table, length,
@@ -189,7 +183,7 @@ def differentiate_prompt(
         mean = tl.zeros((ROWS, LANES), tl.float32)
         for k in tl.static_range(4 * TURNS):
             e = e + (tl.exp2(x[k] - largest),)
-            q = q + (_dot(g, prompts[k]),)
+            q = q + (dot(g, prompts[k], None, "tf32x3"),)  # narrow numbers have exact products
             total += e[k]
             mean += e[k] * q[k]
         scale = 1.0 / tl.where(inside, tl.sum(total, 1), 1.0)
@@ -205,7 +199,7 @@ def differentiate_prompt(
             tl.store(grad_scores + rows[:, None] * classes + those, out.to(grad_scores.dtype.element_ty), mask=mask)
         classes_of = tl.load(index + rows, mask=inside, other=0).to(tl.int32)  # behind the end g is 0
         one_hot = tl.where(classes_of[:, None] == t[None, :], 1.0, 0.0).to(g.dtype)
-        sums += _dot(tl.trans(g), one_hot)
+        sums += dot(tl.trans(g), one_hot, None, "tf32x3")
     part = sample * tl.num_programs(0) + tl.program_id(0)
     tl.store(
         part_table + (part * classes + t[None, :]) * N + s[:, None],

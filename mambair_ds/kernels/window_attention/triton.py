@@ -16,7 +16,6 @@ There are no atomics: every sum has a fixed order, so two runs agree to the bit.
 
 # mypy: disable-error-code="assignment, no-untyped-def"
 
-import os
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambair_ds.kernels.gpu import dot
 from mambair_ds.kernels.window_attention.operator import make_operator
 
 GROUPS = 16  # into which the windows are divided, and each of which has its own sum of the bias' gradient
@@ -110,16 +110,6 @@ def _store(x, place, stride, skip, value, DIM: tl.constexpr, PADDED: tl.constexp
     tl.store(pointers, value.to(x.dtype.element_ty), mask=((d >= skip) & (d < skip + DIM))[None])
 
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which multiplies bfloat16 as integers
-
-
-@triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
 @triton.jit
 def _load_table(table, head, WINDOW: tl.constexpr):
     """The bias of every relative position."""
@@ -138,7 +128,7 @@ def _logits(
     COLUMNS: tl.constexpr = b.shape[0]
     CENTER: tl.constexpr = 2 * WINDOW * (WINDOW - 1)
     bias = tl.gather(table, tl.reshape(place_in_table + CENTER, (ROWS * COLUMNS,)), 0)
-    logits = _dot(a, tl.trans(b), tl.reshape(bias, (ROWS, COLUMNS)), PRECISION)
+    logits = dot(a, tl.trans(b), tl.reshape(bias, (ROWS, COLUMNS)), PRECISION)
     if SHIFT and where[3] + where[4] > 0:
         logits = tl.where(region_a[:, None] == region_b[None], logits, logits - 100.0 / SCALE)
     return logits
@@ -172,7 +162,7 @@ def attend(
         largest = tl.max(logits, 1) * UNIT
         weights = tl.exp2(logits * UNIT - largest[:, None])
         total = tl.sum(weights, 1)
-        y = _dot(weights.to(v.dtype), v, None, PRECISION) * (1 / total)[:, None]
+        y = dot(weights.to(v.dtype), v, None, PRECISION) * (1 / total)[:, None]
         _store(out, place, HEADS * DIM, skip, y, DIM, PADDED)
         tl.store(lse + place * HEADS, largest + tl.log2(total))
 
@@ -212,10 +202,10 @@ def differentiate_inputs(
         place_in_table = entry[None] - entry_k[:, None]
         logits = _logits(k, q, place_in_table, region_k, region, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
         weights = tl.exp2(logits * (SCALE * LOG2E) - log[None])
-        grad_v = _dot(weights.to(g.dtype), g, grad_v, PRECISION)
-        grad_logits = (weights * (_dot(v, tl.trans(g), None, PRECISION) - product[None])).to(q.dtype)
-        grad_q = _dot(tl.trans(grad_logits), k, None, PRECISION) * SCALE
-        grad_k = _dot(grad_logits, q, grad_k, PRECISION)
+        grad_v = dot(weights.to(g.dtype), g, grad_v, PRECISION)
+        grad_logits = (weights * (dot(v, tl.trans(g), None, PRECISION) - product[None])).to(q.dtype)
+        grad_q = dot(tl.trans(grad_logits), k, None, PRECISION) * SCALE
+        grad_k = dot(grad_logits, q, grad_k, PRECISION)
         _store(grad_qkv, place, STRIDE, skip, grad_q, DIM, PADDED)
     # The grid has one row. The compiler does not know that, and computes these places again instead of keeping them.
     place_k, _, _ = _tokens(tl.program_id(1), where, width, WINDOW, TOKENS)
@@ -255,7 +245,7 @@ def differentiate_bias(
         weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + numbers)[:, None])
         g = _load_only(grad + pixel * (HEADS * DIM) + channel, place, HEADS * DIM, skip, DIM, PADDED, ODD)
         v = _load(x + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
-        total += weights * (_dot(g, tl.trans(v), None, PRECISION) - tl.load(delta + numbers)[:, None])
+        total += weights * (dot(g, tl.trans(v), None, PRECISION) - tl.load(delta + numbers)[:, None])
     row = (group * HEADS + head) * TOKENS + first + tl.arange(0, QUERIES)
     column = first_key + tl.arange(0, KEYS)
     tl.store(part + row[:, None] * TOKENS + column[None], total)
