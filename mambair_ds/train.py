@@ -9,10 +9,14 @@ import argparse
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from mambair_ds.config import UserError, apply_debug, load_config
+from mambair_ds.training.stop import INTERRUPTED, Stop, parse_duration
+
+_STARTED = time.monotonic()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,13 +39,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="prefix the name with debug_, log every step, validate and save every 8, no TensorBoard or W&B",
     )
+    parser.add_argument(
+        "--time-budget",
+        type=parse_duration,
+        metavar="TIME",
+        help="save and leave with exit code 75 before this much time has passed (MINUTES, HH:MM:SS, D-HH:MM:SS)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the door; returns the exit code: 0 done, 1 the run failed, 2 a user's mistake."""
+    """Run the door; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 75 interrupted, to be run again."""
     args = parse(argv)
+    stop = Stop(_STARTED, args.time_budget)
+    stop.listen()
     try:
         config = load_config(args.config, args.overrides)
         if args.debug:
@@ -56,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mambair_ds.training.trainer import run
 
         try:
-            run(config, place, args.resume, args.fresh)
+            finished = run(config, place, args.resume, args.fresh, stop)
         except SaveError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -70,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if finished else INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ class RunState:
     """Checksum of the data stream."""
     best: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
     """Best value and its iteration, by validation set and metric."""
+    validated: int = 0
+    """Iteration of the last validation."""
     wandb_id: str | None = None
     """W&B run to go on with."""
     rng: dict[str, Any] = field(default_factory=dict)

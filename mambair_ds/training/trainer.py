@@ -23,19 +23,21 @@ from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
 from mambair_ds.runlog import Trackers, describe_environment, log_to_console, log_to_file
 from mambair_ds.training import checkpoint as checkpoints
+from mambair_ds.training.agreement import Agreement
 from mambair_ds.training.checkpoint import Checkpoint, RunState
 from mambair_ds.training.ema import Ema
 from mambair_ds.training.engine import Engine, start_process_group
 from mambair_ds.training.launch import Launch
 from mambair_ds.training.losses import pixel_loss
 from mambair_ds.training.schedule import learning_rate
+from mambair_ds.training.stop import Stop
 from mambair_ds.training.validation import ValidationSet, open_sets, validate
 from mambair_ds.weights import load_network, save_network
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool) -> None:
+def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, stop: Stop) -> bool:
     """Train as configured, from the newest whole checkpoint of the run if there is one.
 
     Args:
@@ -43,6 +45,10 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool) -> 
         launch: this process's place among the ranks.
         resume: a checkpoint folder to continue instead of the newest.
         fresh: start over; the old run's folder is kept under a time stamp.
+        stop: asks to leave before the end.
+
+    Returns:
+        Whether the last iteration is done; otherwise `stop` had its way and the state is saved.
 
     Raises:
         UserError: before any process group or GPU is touched.
@@ -73,7 +79,7 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool) -> 
         dist.barrier()
         if launch.is_main:
             log_to_file(config.folder / "log" / f"train_{config.name}_{_timestamp()}.log")
-        Trainer(config, launch, device, network, state, val_sets, checkpoint).fit()
+        return Trainer(config, launch, device, network, state, val_sets, checkpoint, stop).fit()
     finally:
         dist.destroy_process_group()
 
@@ -90,9 +96,10 @@ class Trainer:
         state: RunState,
         val_sets: dict[str, ValidationSet],
         checkpoint: Checkpoint | None,
+        stop: Stop,
     ) -> None:
         """Build engine and data stream around `network`, and restore `checkpoint` into them if given."""
-        self.config, self.launch, self.device, self.val_sets = config, launch, device, val_sets
+        self.config, self.launch, self.device, self.val_sets, self.stop = config, launch, device, val_sets, stop
         train, data = config.train, config.data.train
         self.precision = train.precision
         if self.precision == "auto":
@@ -126,32 +133,54 @@ class Trainer:
             position=self.state.position,
             device=device,
         )
+        self.agreement = Agreement(timeout=1800)
+        # Guesses for the first of each, in seconds.
+        self._longest_step, self._longest_save, self._longest_validation = 1.0, 5.0, 0.0
         self.trackers: Trackers | None = None
         if launch.is_main:
             self._describe(checkpoint)
             self.trackers = Trackers(config, self.state.iteration, self.state.wandb_id)
             self.state.wandb_id = self.trackers.wandb_id
 
-    def fit(self) -> None:
-        """Train to the last iteration, then say how long it took."""
+    def fit(self) -> bool:
+        """Train to the last iteration, or until asked to stop; returns whether it was the last."""
         config, state, total = self.config, self.state, self.config.train.total_iter
         start = self._interval_start = time.perf_counter()
         self._data_time, self._interval_iteration = 0.0, state.iteration
-        while state.iteration < total:
+        self.stop.hold(None)
+        if state.validated < state.iteration and state.iteration % config.data.val.every == 0:
+            self._validate()
+        stopped, first = False, state.iteration + 1
+        while state.iteration < total and not stopped:
+            began = time.perf_counter()
+            self.agreement.start({"stop": self.stop.reason(self._seconds_needed()) is not None})
             state.iteration += 1
             logs, last = state.iteration % config.log.print_freq == 0, state.iteration == total
             loss, norm = self._step(want_norm=logs)
             if logs:
                 self._log(loss, norm)
-            if state.iteration % config.data.val.every == 0 or last:
+            stopped = self.agreement.finish()["stop"] > 0 and not last
+            if state.iteration > first:  # which compiles and allocates
+                self._longest_step = max(self._longest_step, time.perf_counter() - began)
+            # Who is asked to stop has little time: the validation that is due then comes first after the restart.
+            if (state.iteration % config.data.val.every == 0 or last) and not stopped:
                 self._validate()
-            if state.iteration % config.checkpoint.every == 0 or last:
+            if state.iteration % config.checkpoint.every == 0 or last or stopped:
                 self._save()
         elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
-        logger.info("End of training. Time consumed: %s", elapsed)
+        if stopped:
+            logger.info("Stopped after iteration %s, to be continued. Time: %s", f"{state.iteration:,}", elapsed)
+        else:
+            logger.info("End of training. Time consumed: %s", elapsed)
         self.stream.close()
         if self.trackers:
             self.trackers.close()
+        return not stopped
+
+    def _seconds_needed(self) -> float:
+        """How long the next step, what may follow it, and saving may take; twice what they took at most so far."""
+        validates = (self.state.iteration + 1) % self.config.data.val.every == 0
+        return 2 * (self._longest_step + self._longest_save + (self._longest_validation if validates else 0.0))
 
     def _step(self, want_norm: bool) -> tuple[Tensor, float | None]:
         """One optimizer step; returns the mean loss of its micro-batches (on the device) and the gradient norm."""
@@ -220,6 +249,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Measure the network (its running mean if there is one) on every validation set."""
+        self.state.validated = self.state.iteration
         if not self.val_sets:
             return
         began = time.perf_counter()
@@ -236,8 +266,10 @@ class Trainer:
             if self.trackers:
                 scalars = {f"metrics/{name}/{m}": v for m, v in metrics.items()}
                 self.trackers.scalars(scalars, self.state.iteration)
+        seconds = time.perf_counter() - began
+        self._longest_validation = max(self._longest_validation, seconds)
         # The next log line measures training alone.
-        self._interval_start += time.perf_counter() - began
+        self._interval_start += seconds
 
     def _save(self) -> None:
         """Write a checkpoint to resume from, and the weights for everything else."""
@@ -249,7 +281,9 @@ class Trainer:
         if self.launch.is_main:
             save_network(self.config.folder / "models" / f"net_g_{self.state.iteration}.pth", weights)
         logger.info("Saved %s", path)
-        self._interval_start += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._longest_save = max(self._longest_save, seconds)
+        self._interval_start += seconds
 
     def _describe(self, checkpoint: Checkpoint | None) -> None:
         config, train, data = self.config, self.config.train, self.config.data.train
