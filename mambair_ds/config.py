@@ -309,6 +309,13 @@ class CheckpointConfig(_Schema):
     """Newest checkpoints kept on disk."""
 
 
+class FaultsConfig(_Schema):
+    """What a run bears before it stops."""
+
+    lock_timeout: PositiveFloat = 60.0
+    """Seconds without a sign of life after which a run on another machine no longer holds the run's folder."""
+
+
 class WandbConfig(_Schema):
     """Weights & Biases."""
 
@@ -350,6 +357,8 @@ class RunConfig(_Schema):
     """Optimization."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    faults: FaultsConfig = FaultsConfig()
+    """Damage, silence and other runs."""
     log: LogConfig = LogConfig()
     """Logging."""
 

@@ -38,6 +38,7 @@ FREE_KEYS = (
     "experiments_root",
     "log.",
     "checkpoint.",
+    "faults.",
     "data.val.",
     "data.train.threads",
     "train.total_iter",

@@ -6,6 +6,7 @@ import copy
 import datetime
 import json
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -28,6 +29,7 @@ from mambair_ds.training.checkpoint import Checkpoint, RunState
 from mambair_ds.training.ema import Ema
 from mambair_ds.training.engine import Engine, start_process_group
 from mambair_ds.training.launch import Launch
+from mambair_ds.training.lock import RunLock
 from mambair_ds.training.losses import pixel_loss
 from mambair_ds.training.schedule import learning_rate
 from mambair_ds.training.stop import Stop
@@ -72,8 +74,17 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    start_process_group(device)
+    lock = None
+    if launch.is_main:
+
+        def lost(reason: str) -> None:
+            logger.error("%s; leaving without saving", reason)
+            os._exit(1)
+
+        lock = RunLock(config.folder, config.faults.lock_timeout, lost)
+        stop.hold(lock.release)
     try:
+        start_process_group(device)
         if launch.is_main:
             _prepare_folder(config, launch, keep=checkpoint is not None)
         dist.barrier()
@@ -81,7 +92,10 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
             log_to_file(config.folder / "log" / f"train_{config.name}_{_timestamp()}.log")
         return Trainer(config, launch, device, network, state, val_sets, checkpoint, stop).fit()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if lock:
+            lock.release()
 
 
 class Trainer:
