@@ -307,6 +307,14 @@ class CheckpointConfig(_Schema):
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: PositiveInt = 3
     """Newest checkpoints kept on disk."""
+    keep_every: NonNegativeInt = 0
+    """Keep the checkpoints of every so many iterations for good as well; 0 for none."""
+    keep_best: str | None = None
+    """Keep the checkpoint of the best value too, as SET/psnr or SET/ssim; it is found if one was saved then."""
+    retries: NonNegativeInt = 2
+    """How often a write that failed is tried again before the run stops."""
+    retry_wait: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds before each new try."""
 
 
 class FaultsConfig(_Schema):
@@ -371,6 +379,9 @@ class RunConfig(_Schema):
             )
         if self.task.kind != "sr" and self.network.upscale != 1:
             raise ValueError(f"task.kind {self.task.kind} needs network.upscale 1, not {self.network.upscale}")
+        best = self.checkpoint.keep_best
+        if best and best not in [f"{name}/{metric}" for name in self.data.val.sets for metric in ("psnr", "ssim")]:
+            raise ValueError(f"checkpoint.keep_best {best!r} is no SET/psnr or SET/ssim of data.val.sets")
         return self
 
     @property

@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is the folder ``checkpoints/ITERATION``. All ranks write into ``ITERATION.partial``; rank 0 then adds
-a manifest with every file's size and SHA-256 and renames the folder, which is atomic: a name without ``.partial`` means
-that everything was written. A damaged checkpoint is recognised by its manifest, named, and passed over in favour of
-the newest whole one.
+A checkpoint is the folder ``checkpoints/ITERATION`` with one file a rank. All ranks write into ``ITERATION.partial``
+(see `saving`); rank 0 then adds a manifest with every file's size and SHA-256 and renames the folder, which is atomic:
+a name without ``.partial`` means that everything was written. A damaged checkpoint is recognised by its manifest,
+named, and passed over in favour of the newest whole one.
+
+Tensors lie there by parameter name, in runs that any number of ranks at any ZeRO stage can join (see `fragments`).
 """
 
 from __future__ import annotations
@@ -14,23 +16,21 @@ import logging
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from mambair_ds.config import RunConfig, UserError
-from mambair_ds.training.engine import Engine
-from mambair_ds.training.launch import Launch
+from mambair_ds.config import CheckpointConfig, RunConfig, UserError
+from mambair_ds.training.fragments import join
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = "mambair_ds.checkpoint/1"
+FORMAT = "mambair_ds.checkpoint/2"
 
 # What a continued run may change without becoming another run.
 FREE_KEYS = (
@@ -41,6 +41,9 @@ FREE_KEYS = (
     "faults.",
     "data.val.",
     "data.train.threads",
+    "data.train.batch_size",
+    "train.accumulation",
+    "train.zero_stage",
     "train.total_iter",
     "train.pretrain",
 )
@@ -52,7 +55,7 @@ class SaveError(Exception):
 
 @dataclass
 class RunState:
-    """All that a resume needs beside the weights and the optimizer, which DeepSpeed stores."""
+    """All that a resume needs beside the tensors."""
 
     iteration: int = 0
     """Optimizer steps done."""
@@ -68,17 +71,13 @@ class RunState:
     """Iteration of the last validation."""
     wandb_id: str | None = None
     """W&B run to go on with."""
-    rng: dict[str, Any] = field(default_factory=dict)
-    """Generator states of this rank."""
-    ema: dict[str, Tensor] | None = None
-    """This rank's part of the running mean of the weights."""
 
 
 def rng_state() -> dict[str, Any]:
     """States of every global generator of this process."""
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": [torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x for x in np.random.get_state()],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -89,7 +88,8 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Set what `rng_state` returned."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -147,17 +147,16 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int, stream: str) -> None:
+def check_resumable(checkpoint: Checkpoint, config: RunConfig, stream: str) -> None:
     """Refuse to continue a checkpoint with settings or data that make another run of it.
 
     Args:
         checkpoint: what to continue.
         config: the settings to continue with.
-        world_size: number of ranks.
         stream: checksum of the data stream (`check_train_data`).
 
     Raises:
-        UserError: listing every differing key, or the layout or data the checkpoint was saved with.
+        UserError: listing every differing key, or that the data is another.
     """
     saved, now = _flat(checkpoint.manifest["config"]), _flat(config.model_dump(mode="json"))
     differing = [
@@ -171,11 +170,6 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int, 
             f"{checkpoint.path} was saved with other settings:\n{keys}\n"
             "Set them back, or start over with --fresh (the old run is kept under a time stamp)."
         )
-    if checkpoint.manifest["world_size"] != world_size:
-        raise UserError(
-            f"{checkpoint.path} was saved on {checkpoint.manifest['world_size']} ranks, this run has {world_size}; "
-            "resume on the same number of ranks"
-        )
     if checkpoint.manifest["stream"] != stream:
         raise UserError(
             f"{checkpoint.path}: the shards in data.train.shards have changed since it was saved; "
@@ -183,77 +177,105 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, world_size: int, 
         )
 
 
-def save(folder: Path, engine: Engine, state: RunState, config: RunConfig, launch: Launch) -> Path:
-    """Write a checkpoint and, once it is whole, drop those beyond `checkpoint.keep`; all ranks call together.
+def keep_batch(checkpoint: Checkpoint, config: RunConfig, world_size: int) -> RunConfig:
+    """The settings to continue with, so that a step takes as many samples as it did: the batch makes the run.
+
+    data.train.batch_size is then the most that a rank takes in one forward pass; accumulation makes up the rest.
 
     Raises:
-        SaveError: if anything could not be written. The partial folder is removed, older checkpoints stay.
+        UserError: if the ranks cannot share the batch evenly.
     """
-    final = folder / f"{state.iteration:07d}"
-    partial = final.with_name(final.name + ".partial")
+    batch = checkpoint.manifest["batch"]
+    if batch % world_size:
+        raise UserError(
+            f"{checkpoint.path} was saved with {batch} samples a step, which {world_size} ranks cannot share evenly; "
+            f"use a number of ranks that divides {batch}"
+        )
+    share = batch // world_size
+    train, data = config.train, config.data.train
+    size = max(n for n in range(1, min(share, data.batch_size) + 1) if share % n == 0)
+    if (size, share // size) != (data.batch_size, train.accumulation):
+        logger.warning(
+            "A step goes on taking %d samples, as in the checkpoint: %d a rank x %d ranks x %d accumulated",
+            batch, size, world_size, share // size,
+        )  # fmt: skip
+    data_now = config.data.model_copy(update={"train": data.model_copy(update={"batch_size": size})})
+    train_now = train.model_copy(update={"accumulation": share // size})
+    return config.model_copy(update={"data": data_now, "train": train_now})
+
+
+def read_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The whole flat tensors of a checkpoint by kind and parameter name, with the rest of what `fragments.take` gave.
+
+    The files are mapped: what nobody looks at is not read.
+
+    Raises:
+        UserError: if runs of a tensor are missing.
+    """
+    saved: dict[str, Any] = {}
+    parts: dict[str, dict[str, list[tuple[int, Tensor]]]] = {}
+    for rank in range(checkpoint.manifest["world_size"]):
+        tensors = _open(checkpoint, rank)["tensors"]
+        saved["groups"] = tensors.pop("groups")
+        saved.setdefault("step", {}).update(tensors.pop("step"))
+        for kind, runs in tensors.items():
+            for name, run in runs.items():
+                parts.setdefault(kind, {}).setdefault(name, []).append(run)
     try:
-        if launch.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save(str(folder), partial.name)
-        torch.save(asdict(state), partial / _state_name(launch.rank))
-        dist.barrier()
-        if launch.is_main:
-            _seal(partial, final, state, config, launch)
-        dist.barrier()
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(folder).free / 2**20 if folder.is_dir() else 0
-        raise SaveError(
-            f"could not save checkpoint {final} ({' '.join(str(error).split())[:300]}); {free:.0f} MiB are free there. "
-            "Earlier checkpoints are untouched; make room and start the same command again to continue from the newest."
-        ) from error
-    if launch.is_main:
-        for old in [path for path in sorted(folder.glob("*")) if path.name.isdigit()][: -config.checkpoint.keep]:
-            shutil.rmtree(old)
-    return final
+        return saved | {kind: {n: join(runs, f"{kind}/{n}") for n, runs in of.items()} for kind, of in parts.items()}
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: damaged checkpoint: {error}") from error
 
 
-def load(checkpoint: Checkpoint, engine: Engine, launch: Launch) -> RunState:
-    """Restore weights, optimizer and this rank's generators; return the rest. All ranks call together."""
-    engine.load(str(checkpoint.path.parent), checkpoint.path.name)
-    # The file is ours and its SHA-256 was just compared; it holds generator states, which need full unpickling.
-    state = RunState(**torch.load(checkpoint.path / _state_name(launch.rank), weights_only=False, map_location="cpu"))
-    set_rng_state(state.rng)
-    return state
+def read_state(checkpoint: Checkpoint, rank: int) -> RunState:
+    """The run's state; also restores the generators of `rank`, if it was one of the ranks that saved."""
+    if rank < checkpoint.manifest["world_size"]:
+        set_rng_state(_open(checkpoint, rank)["rng"])
+    return RunState(**_open(checkpoint, 0)["state"])
 
 
-def _state_name(rank: int) -> str:
-    return f"run_state_rank_{rank:05d}.pt"
+def _open(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(checkpoint.path / file_name(rank), weights_only=True, mmap=True)
+    return content
 
 
-def _seal(partial: Path, final: Path, state: RunState, config: RunConfig, launch: Launch) -> None:
-    files = {}
-    for file in sorted(p for p in partial.rglob("*") if p.is_file()):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        files[str(file.relative_to(partial))] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    manifest = {
-        "format": FORMAT,
-        "iteration": state.iteration,
-        "world_size": launch.world_size,
-        "seed": state.seed,
-        "stream": state.stream,
-        "config": config.model_dump(mode="json"),
-        "files": files,
-    }
+def file_name(rank: int) -> str:
+    """A rank's file."""
+    return f"rank_{rank:05d}.pt"
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Put a file on disk and return its entry in the manifest."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}}
+
+
+def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Add the manifest and give the folder its name. What had the name before is moved aside, not deleted."""
     with (partial / MANIFEST).open("w") as stream:
-        json.dump(manifest, stream, indent=1)
+        json.dump({"format": FORMAT, **manifest}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
-    shutil.rmtree(final, ignore_errors=True)  # the same iteration, saved before by a run that was set back
+    if final.exists():  # damaged and passed over, or of a run that was set back
+        aside = final.with_name(f"{final.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        logger.warning("%s was there already; moved to %s", final, aside)
     partial.rename(final)
     handle = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def drop(folder: Path, config: CheckpointConfig, best: set[int]) -> None:
+    """Delete the checkpoints that no rule keeps: the newest, every n-th, the best."""
+    saved = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    for iteration in saved[: -config.keep]:
+        if iteration not in best and not (config.keep_every and iteration % config.keep_every == 0):
+            shutil.rmtree(folder / f"{iteration:07d}")
 
 
 def _sha256(path: Path) -> str:

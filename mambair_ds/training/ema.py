@@ -30,8 +30,3 @@ class Ema:
         """mean = decay · mean + (1 - decay) · weights, in place."""
         weights = [local[name].detach().float() for name in self.tensors]
         torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - self.decay)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over saved tensors of the same names and shapes."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])

@@ -1,6 +1,6 @@
 """DeepSpeed, in one place: its configuration, its start, and the few things that the loop asks of it.
 
-Precision, accumulation, clipping, ZeRO and checkpoint files are DeepSpeed's own. Two of its settings differ from their
+Precision, accumulation, clipping and ZeRO are DeepSpeed's own. Two of its settings differ from their
 defaults because the defaults change the numbers: under autocast, gradients of Linear and Conv would be reduced in
 bf16, and stage 3 would swap Linear for a variant that computes in another order.
 """
@@ -113,17 +113,3 @@ class Engine:
             dist.all_gather(fragments, fragment)
             whole[name] = torch.cat(fragments)[: parameter.ds_numel].view(parameter.ds_shape)
         return whole
-
-    def save(self, folder: str, tag: str) -> None:
-        """Write DeepSpeed's files to folder/tag; all ranks call together."""
-        self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
-
-    def load(self, folder: str, tag: str) -> None:
-        """Read what `save` wrote, on the same number of ranks and ZeRO stage.
-
-        Raises:
-            RuntimeError: if DeepSpeed finds nothing to load.
-        """
-        path, _ = self.deepspeed.load_checkpoint(folder, tag=tag)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed loaded nothing from {folder}/{tag}")

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
 from mambair_ds.runlog import Trackers, describe_environment, log_to_console, log_to_file
 from mambair_ds.training import checkpoint as checkpoints
+from mambair_ds.training import fragments
 from mambair_ds.training.agreement import Agreement
 from mambair_ds.training.checkpoint import Checkpoint, RunState
 from mambair_ds.training.ema import Ema
@@ -31,6 +33,7 @@ from mambair_ds.training.engine import Engine, start_process_group
 from mambair_ds.training.launch import Launch
 from mambair_ds.training.lock import RunLock
 from mambair_ds.training.losses import pixel_loss
+from mambair_ds.training.saving import Saver
 from mambair_ds.training.schedule import learning_rate
 from mambair_ds.training.stop import Stop
 from mambair_ds.training.validation import ValidationSet, open_sets, validate
@@ -62,7 +65,8 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
     val_sets = open_sets(config)
     checkpoint = None if fresh else _find_checkpoint(config, resume)
     if checkpoint:
-        checkpoints.check_resumable(checkpoint, config, launch.world_size, stream_checksum)
+        checkpoints.check_resumable(checkpoint, config, stream_checksum)
+        config = checkpoints.keep_batch(checkpoint, config, launch.world_size)
     seed = checkpoint.manifest["seed"] if checkpoint else config.seed
     state = RunState(seed=secrets.randbelow(2**31) if seed is None else seed, stream=stream_checksum)
     _seed_everything(state.seed)
@@ -120,6 +124,11 @@ class Trainer:
             self.precision = "bf16" if device.type == "cuda" else "fp32"
 
         # Rank 0's weights and seed count: without a seed in the config every rank has drawn its own.
+        saved = checkpoints.read_tensors(checkpoint) if checkpoint else None
+        if saved:
+            with torch.no_grad():
+                for name, parameter in network.named_parameters():
+                    parameter.copy_(saved["params"][name].view(parameter.shape))
         network.to(device)
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, src=0)
@@ -131,12 +140,12 @@ class Trainer:
         self.whole = copy.deepcopy(network).eval().requires_grad_(False)
         self.engine = Engine(network, train, data.batch_size, self.precision)
         self.ema = Ema(self.engine.local_tensors(), train.ema_decay) if train.ema_decay else None
+        if saved:
+            fragments.put(self.engine, saved, self.ema.tensors if self.ema else None)
         # Ranks draw different published noise and the same counter-based noise, which is keyed by the sample.
         _seed_everything(self.state.seed + launch.rank)
         if checkpoint:
-            self.state = checkpoints.load(checkpoint, self.engine, launch)
-            if self.ema and self.state.ema:
-                self.ema.load(self.state.ema)
+            self.state = checkpoints.read_state(checkpoint, launch.rank)
         self.stream = TrainStream(
             data,
             config.task,
@@ -148,6 +157,7 @@ class Trainer:
             device=device,
         )
         self.agreement = Agreement(timeout=1800)
+        self.saver = Saver(config.folder / "checkpoints", config.checkpoint, launch, timeout=1800)
         # Guesses for the first of each, in seconds.
         self._longest_step, self._longest_save, self._longest_validation = 1.0, 5.0, 0.0
         self.trackers: Trackers | None = None
@@ -167,13 +177,17 @@ class Trainer:
         stopped, first = False, state.iteration + 1
         while state.iteration < total and not stopped:
             began = time.perf_counter()
-            self.agreement.start({"stop": self.stop.reason(self._seconds_needed()) is not None})
+            stop = self.stop.reason(self._seconds_needed()) is not None
+            self.agreement.start({"stop": stop, "unsaved": self.saver.failed})
             state.iteration += 1
             logs, last = state.iteration % config.log.print_freq == 0, state.iteration == total
             loss, norm = self._step(want_norm=logs)
             if logs:
                 self._log(loss, norm)
-            stopped = self.agreement.finish()["stop"] > 0 and not last
+            counts = self.agreement.finish()
+            if counts["unsaved"]:
+                self.saver.wait()
+            stopped = counts["stop"] > 0 and not last
             if state.iteration > first:  # which compiles and allocates
                 self._longest_step = max(self._longest_step, time.perf_counter() - began)
             # Who is asked to stop has little time: the validation that is due then comes first after the restart.
@@ -181,6 +195,7 @@ class Trainer:
                 self._validate()
             if state.iteration % config.checkpoint.every == 0 or last or stopped:
                 self._save()
+        self.saver.wait()
         elapsed = datetime.timedelta(seconds=round(time.perf_counter() - start))
         if stopped:
             logger.info("Stopped after iteration %s, to be continued. Time: %s", f"{state.iteration:,}", elapsed)
@@ -222,7 +237,7 @@ class Trainer:
         now, state, train = time.perf_counter(), self.state, self.config.train
         steps = state.iteration - self._interval_iteration
         seconds, data_seconds = (now - self._interval_start) / steps, self._data_time / steps
-        samples = self.config.data.train.batch_size * train.accumulation * self.launch.world_size / seconds
+        samples = self._batch / seconds
         lr = learning_rate(train, state.iteration)
         if self.trackers:
             eta = datetime.timedelta(seconds=round((train.total_iter - state.iteration) * seconds))
@@ -285,16 +300,39 @@ class Trainer:
         # The next log line measures training alone.
         self._interval_start += seconds
 
+    @property
+    def _batch(self) -> int:
+        """Samples of a step, on all ranks together."""
+        return self.config.data.train.batch_size * self.config.train.accumulation * self.launch.world_size
+
     def _save(self) -> None:
-        """Write a checkpoint to resume from, and the weights for everything else."""
+        """Begin to write a checkpoint to resume from, and the weights for everything else."""
         began = time.perf_counter()
-        self.state.rng = checkpoints.rng_state()
-        self.state.ema = self.ema.tensors if self.ema else None
-        path = checkpoints.save(self.config.folder / "checkpoints", self.engine, self.state, self.config, self.launch)
+        state, launch = self.state, self.launch
+        manifest = {
+            "iteration": state.iteration,
+            "world_size": launch.world_size,
+            "batch": self._batch,
+            "seed": state.seed,
+            "stream": state.stream,
+            "config": self.config.model_dump(mode="json"),
+        }
+        content = {
+            "tensors": fragments.take(self.engine, self.ema.tensors if self.ema else None),
+            "rng": checkpoints.rng_state(),
+            "state": asdict(state),
+        }
         weights = self._weights()
-        if self.launch.is_main:
-            save_network(self.config.folder / "models" / f"net_g_{self.state.iteration}.pth", weights)
-        logger.info("Saved %s", path)
+        if launch.is_main:  # copies: training goes on while they are written
+            weights = {
+                name: {k: t.to("cpu", copy=True) for k, t in tensors.items()} for name, tensors in weights.items()
+            }
+        best = set()
+        if self.config.checkpoint.keep_best:
+            name, metric = self.config.checkpoint.keep_best.rsplit("/", 1)
+            best = {state.best[name][metric][1]} if name in state.best else set()
+        path = self.config.folder / "models" / f"net_g_{state.iteration}.pth"
+        self.saver.start(content, manifest, best, lambda: save_network(path, weights))
         seconds = time.perf_counter() - began
         self._longest_save = max(self._longest_save, seconds)
         self._interval_start += seconds
@@ -315,7 +353,6 @@ class Trainer:
             self.state.seed,
             "" if config.seed is not None else " (drawn)",
         )
-        global_batch = data.batch_size * train.accumulation * self.launch.world_size
         logger.info(
             "Training pictures: %s, an epoch: %s samples. Batch: %d a rank x %d ranks x %d accumulated = %d. "
             "Iterations an epoch: %.1f; %s iterations are %.1f epochs",
@@ -324,10 +361,10 @@ class Trainer:
             data.batch_size,
             self.launch.world_size,
             train.accumulation,
-            global_batch,
-            self.stream.epoch_size / global_batch,
+            self._batch,
+            self.stream.epoch_size / self._batch,
             f"{train.total_iter:,}",
-            train.total_iter * global_batch / self.stream.epoch_size,
+            train.total_iter * self._batch / self.stream.epoch_size,
         )
         if checkpoint:
             logger.info("Resumed from %s, iteration %s", checkpoint.path, f"{checkpoint.iteration:,}")

@@ -164,19 +164,15 @@ def test_settings_of_another_run_are_refused_with_the_differing_keys(workplace: 
     assert "print_freq" not in refused.stderr
     assert "Traceback" not in refused.stderr
 
-    ranks = workplace.train("train.total_iter=1", ranks=2)
-    assert ranks.returncode != 0  # torchrun answers 1 whatever its ranks answer
-    assert "was saved on 1 ranks, this run has 2" in ranks.stderr
-
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(workplace: Workplace) -> None:
     assert workplace.train("train.total_iter=4", "checkpoint.every=2").returncode == 0
     folder = workplace.folder / "experiments/tiny/checkpoints"
-    with (folder / "0000004/run_state_rank_00000.pt").open("r+b") as file:
+    with (folder / "0000004/rank_00000.pt").open("r+b") as file:
         file.write(b"damaged")
     resumed = workplace.train("train.total_iter=4", "checkpoint.every=2")
     assert resumed.returncode == 0, resumed.stderr
-    assert "run_state_rank_00000.pt does not match its SHA-256; trying the one before" in resumed.stdout
+    assert "rank_00000.pt does not match its SHA-256; trying the one before" in resumed.stdout
     assert "0000002, iteration 2" in resumed.stdout
 
 
@@ -232,7 +228,7 @@ def test_data_that_does_not_fit_is_refused_before_a_process_group(
 
 
 def test_a_failed_save_stops_the_run_and_keeps_the_checkpoint_before(workplace: Workplace) -> None:
-    settings = ["train.total_iter=4", "checkpoint.every=2"]
+    settings = ["train.total_iter=4", "checkpoint.every=2", "checkpoint.retries=1", "checkpoint.retry_wait=0.1"]
     assert workplace.train("train.total_iter=2", "checkpoint.every=2").returncode == 0
     folder = workplace.folder / "experiments/tiny/checkpoints"
     # A file-size limit stands in for a full disk: the write fails in the same place, with the same kind of error.
