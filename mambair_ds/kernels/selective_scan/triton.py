@@ -100,12 +100,6 @@ def _row(order, first, k, channels: tl.constexpr, d, inside, FULL: tl.constexpr)
 
 
 @triton.jit
-def _sample(order, batch, length):
-    """The order of a sample."""
-    return None if order is None else order + batch * length
-
-
-@triton.jit
 def _numbers(pointer, COUNT: tl.constexpr):
     """COUNT numbers as a tuple, the same for all lanes, four by one load; reads up to a multiple of four."""
     numbers = ()
@@ -182,7 +176,8 @@ def forward_ends(
     start = segment * SEGMENT
     u += batch * length * channels
     delta += batch * length * channels
-    order = _sample(order, batch, length)
+    if order is not None:
+        order += batch * length
     rows += (batch * segments * SEGMENT + start) * (2 * PAD)
     state = ()
     for _s in tl.static_range(N):
@@ -224,7 +219,8 @@ def forward_outputs(
     u += batch * length * channels
     delta += batch * length * channels
     y += batch * length * channels
-    order = _sample(order, batch, length)
+    if order is not None:
+        order += batch * length
     rows += (batch * segments * SEGMENT + start) * (2 * PAD)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK) * N * channels
     left = (length - start).to(tl.int32)
@@ -273,7 +269,8 @@ def backward_ends(
     first = start + groups * UNROLL
     grad_y += batch * length * channels
     delta += batch * length * channels
-    order = _sample(order, batch, length)
+    if order is not None:
+        order += batch * length
     rows += (batch * segments * SEGMENT + first) * (2 * PAD)
     state = ()
     for _s in tl.static_range(N):
@@ -380,7 +377,8 @@ def backward_inputs(
     delta += batch * length * channels
     grad_u += batch * length * channels
     grad_delta += batch * length * channels
-    order = _sample(order, batch, length)
+    if order is not None:
+        order += batch * length
     columns += (place * SEGMENT + chunks * CHUNK) * (2 * N)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK + chunks) * N * channels
     grad_states += place * N * channels
