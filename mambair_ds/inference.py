@@ -5,7 +5,7 @@ Validation, evaluation and the restore command all go through `restore`. It take
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import NamedTuple
 
@@ -17,33 +17,45 @@ Network = Callable[[Tensor], Tensor]
 
 @torch.inference_mode()
 def restore(
-    network: Network, lq: Tensor, scale: int, *, tile: int = 200, max_batch: int = 4, self_ensemble: bool = False
+    network: Network,
+    lq: Tensor,
+    scale: int,
+    *,
+    tile: int | None = 200,
+    overlap: int | None = None,
+    max_batch: int = 4,
+    self_ensemble: bool = False,
+    bf16: bool = False,
 ) -> Tensor:
     """Restore pictures of any size, by default cut as the published validation cuts them.
 
-    A picture of H×W is extended to H//tile + 1 by W//tile + 1 equal tiles. Each is widened towards its neighbours by a
-    tenth of its side, restored, and stripped of what its widened margin became.
+    A picture of H×W is extended to H//tile + 1 by W//tile + 1 equal tiles. Each is widened towards its neighbours by
+    `overlap`, restored, and stripped of what its widened margin became.
 
     Args:
         network: maps (b, C, h, w) to (b, C, h·scale, w·scale), each picture by itself. A module runs in evaluation
             mode and is left in the mode it was in.
         lq: (B, C, H, W).
         scale: the network's output size over its input size.
-        tile: largest side of a tile before it is widened, in LQ pixels. 200 is published; less saves memory.
+        tile: largest side of a tile before it is widened, in LQ pixels. 200 is published; less saves memory; None
+            restores the picture in one piece.
+        overlap: LQ pixels by which a tile is widened on each inner side; None: a tenth of its side, as published.
         max_batch: tiles of one size that the network gets at a time, at most.
         self_ensemble: average over the eight flips and transpositions of the picture (Timofte et al. 2016, section 3.6
             of "Seven ways to improve example-based single image super resolution").
+        bf16: run the network under bfloat16 autocast instead of in float32.
 
     Returns:
         (B, C, H·scale, W·scale) in the network's dtype, not clamped.
     """
-    with _evaluating(network):
+    autocast = torch.autocast(lq.device.type, torch.bfloat16) if bf16 else nullcontext()
+    with _evaluating(network), autocast:
         if not self_ensemble:
-            return _restore_tiled(network, lq, scale, tile, max_batch)
+            return _restore_tiled(network, lq, scale, tile, overlap, max_batch)
         outputs = []
         for transpose, flip_v, flip_h in product((False, True), repeat=3):
             turned = _transform(lq, transpose, flip_v, flip_h)
-            restored = _restore_tiled(network, turned, scale, tile, max_batch)
+            restored = _restore_tiled(network, turned, scale, tile, overlap, max_batch)
             outputs.append(_transform(restored, transpose, flip_v, flip_h, undo=True))
         return torch.stack(outputs).mean(0)
 
@@ -56,8 +68,8 @@ class _Span(NamedTuple):
     place: slice  # of the output: where the middle goes
 
 
-def _spans(count: int, size: int, scale: int) -> list[_Span]:
-    margin, end = size // 10, count * size
+def _spans(count: int, size: int, scale: int, overlap: int | None) -> list[_Span]:
+    margin, end = size // 10 if overlap is None else overlap, count * size
     spans = []
     for start in range(0, end, size):
         wide = slice(max(start - margin, 0), min(start + size + margin, end))
@@ -67,14 +79,16 @@ def _spans(count: int, size: int, scale: int) -> list[_Span]:
     return spans
 
 
-def _restore_tiled(network: Network, lq: Tensor, scale: int, tile: int, max_batch: int) -> Tensor:
+def _restore_tiled(
+    network: Network, lq: Tensor, scale: int, tile: int | None, overlap: int | None, max_batch: int
+) -> Tensor:
     batch, channels, height, width = lq.shape
-    rows, columns = height // tile + 1, width // tile + 1
+    rows, columns = (1, 1) if tile is None else (height // tile + 1, width // tile + 1)
     tile_h, tile_w = -(-height // rows), -(-width // columns)
     lq = _reflect(_reflect(lq, 2, rows * tile_h), 3, columns * tile_w)
 
     groups = defaultdict(list)  # tiles of one size go through the network together
-    for b, v, h in product(range(batch), _spans(rows, tile_h, scale), _spans(columns, tile_w, scale)):
+    for b, v, h in product(range(batch), _spans(rows, tile_h, scale, overlap), _spans(columns, tile_w, scale, overlap)):
         groups[v.wide.stop - v.wide.start, h.wide.stop - h.wide.start].append((b, v, h))
     output = None
     for group in groups.values():

@@ -5,8 +5,10 @@ A file is read without executing anything in it, and written so that it is eithe
 
 import io
 import logging
+import math
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,110 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
-from mambair_ds.config import UserError
+from mambair_ds.config import NetworkConfig, UserError
+from mambair_ds.models import build_model
+from mambair_ds.models.mambairv2 import MambaIRv2
 
 logger = logging.getLogger(__name__)
 
+_SHUFFLE_WEIGHT = re.compile(r"upsample\.\d+\.weight")
 _SHOWN = 5  # differences that an error spells out
+
+
+def open_network(path: str | Path, *, param_key: str = "params", config: NetworkConfig | None = None) -> MambaIRv2:
+    """The network that a weight file belongs to, with its weights, in evaluation mode on the CPU.
+
+    Args:
+        path: as in `load_network`; or a run's folder, whose newest models/net_g_ITER.pth is taken.
+        param_key: "params" or "params_ema" of a .pth.
+        config: the network; None reads it off the tensors, see `describe_weights`.
+
+    Raises:
+        UserError: the file is missing, broken, or no MambaIRv2 of this configuration.
+    """
+    path = weight_file(path)
+    if config is None:
+        config = describe_weights(read_weights(path, param_key), str(path))
+    network = build_model(config)
+    load_network(network, path, param_key=param_key)
+    return network.eval()
+
+
+def weight_file(path: str | Path) -> Path:
+    """The file itself, or the newest models/net_g_ITER.pth of a run's folder (or of its models folder).
+
+    Raises:
+        UserError: a folder without such a file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [file for folder in (path / "models", path) for file in folder.glob("net_g_*.pth")]
+    numbered = [(int(file.stem[6:]), file) for file in found if file.stem[6:].isdecimal()]
+    if not numbered:
+        raise UserError(f"{path}: no models/net_g_ITER.pth in this folder; expected a weight file or a run's folder")
+    return max(numbered)[1]
+
+
+def describe_weights(weights: Mapping[str, Tensor], source: str) -> NetworkConfig:
+    """The configuration that tensors' names and shapes tell.
+
+    All of it but `img_range`, which leaves no trace in the weights and is 1 as in every published network; give a
+    configuration where it is not. `mlp_ratio` may differ from the one configured as long as it means the same width.
+
+    Raises:
+        UserError: the tensors are of no MambaIRv2.
+    """
+    first = "layers.0.residual_group.layers.0."
+    try:
+        dim, in_chans = weights["conv_first.weight"].shape[:2]
+        hidden = weights[first + "convffn1.fc1.weight"].shape[0]
+        depths: dict[int, int] = {}
+        heads: dict[int, int] = {}
+        for key, tensor in weights.items():
+            if match := re.fullmatch(r"layers\.(\d+)\.residual_group\.layers\.(\d+)\.win_mhsa\.relative_.*_table", key):
+                stage = int(match[1])
+                depths[stage] = max(depths.get(stage, 0), int(match[2]) + 1)
+                heads[stage] = tensor.shape[1]
+        light = first + "convffn1.sg.conv.weight" in weights
+        depthwise = "convffn1.sg.conv.weight" if light else "convffn1.dwconv.depthwise_conv.0.weight"
+        tokens, rank = weights[first + "assm.embeddingB.weight"].shape
+        upsampler, upscale = _describe_head(weights, in_chans)
+        return NetworkConfig.model_validate(
+            {
+                "type": "MambaIRv2Light" if light else "MambaIRv2",
+                "upscale": upscale,
+                "upsampler": upsampler,
+                "in_chans": in_chans,
+                "embed_dim": dim,
+                "d_state": weights[first + "assm.selectiveScan.A_logs"].shape[1],
+                "depths": [depths[stage] for stage in sorted(depths)],
+                "num_heads": [heads[stage] for stage in sorted(heads)],
+                "window_size": round(weights["relative_position_index_SA"].shape[0] ** 0.5),
+                "inner_rank": rank,
+                "num_tokens": tokens,
+                "convffn_kernel_size": weights[first + depthwise].shape[-1],
+                # Half a channel more where the quotient would round down to one channel less.
+                "mlp_ratio": hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim,
+                "qkv_bias": first + "wqkv.bias" in weights,
+                "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
+            }
+        )
+    except (KeyError, ValueError) as error:
+        reason = f"no tensor {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        raise UserError(f"{source}: not the weights of a MambaIRv2 ({reason})") from error
+
+
+def _describe_head(weights: Mapping[str, Tensor], in_chans: int) -> tuple[str, int]:
+    """Upsampler and scale."""
+    if "conv_up1.weight" in weights:
+        return "nearest+conv", 4
+    if "upsample.0.weight" not in weights:
+        return "", 1
+    if "conv_last.weight" not in weights:
+        return "pixelshuffledirect", round((weights["upsample.0.weight"].shape[0] / in_chans) ** 0.5)
+    steps = [tensor.shape[0] // tensor.shape[1] for key, tensor in weights.items() if _SHUFFLE_WEIGHT.fullmatch(key)]
+    return "pixelshuffle", round(math.prod(steps) ** 0.5)
 
 
 def load_network(network: nn.Module, path: str | Path, *, strict: bool = True, param_key: str = "params") -> list[str]:

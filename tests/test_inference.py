@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import REFERENCE, build_tiny, reference
+from networks import REFERENCE, build_tiny, recorded_routes, reference
 from recipe import recipe_input
 
 from mambair_ds.inference import restore
@@ -99,3 +99,41 @@ def test_the_mode_comes_back_after_an_error():
 
 def test_nothing_is_clamped():
     assert restore(lambda x: 3 * x - 1, torch.tensor([0.0, 1.0]).view(1, 1, 1, 2), 1).flatten().tolist() == [-1, 2]
+
+
+def test_a_picture_in_one_piece_and_overlap():
+    model = build_tiny()
+    x = recipe_input((1, 3, 30, 41))
+    whole = restore(model, x, 2, tile=None)
+    assert torch.equal(whole, model.eval()(x))
+    sides = []
+
+    def network(x):
+        sides.append(tuple(x.shape[2:]))
+        return _upsample(x)
+
+    restore(network, x, 2, tile=16, overlap=3, max_batch=1)  # 2 x 3 tiles of 15 x 14
+    assert sorted(set(sides)) == [(18, 17), (18, 20)]
+
+
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_batched_tiles_equal_tiles_one_by_one(self_ensemble):
+    model = build_tiny()
+    x = recipe_input((1, 3, 45, 37))
+    batched = restore(model, x, 2, tile=16, self_ensemble=self_ensemble)
+    single = restore(model, x, 2, tile=16, max_batch=1, self_ensemble=self_ensemble)
+    np.testing.assert_allclose(batched.numpy(), single.numpy(), rtol=0, atol=2e-5)
+
+
+def test_bf16_runs_the_network_in_bfloat16_and_stays_near_float32():
+    model, kinds = build_tiny(), []
+    x = recipe_input((1, 3, 24, 24))
+    with recorded_routes(model) as routes:
+        exact = restore(model, x, 2)
+    model.layers[0].conv.register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    # A token whose class flips by rounding moves the output far: both runs take the same routes.
+    with recorded_routes(model, inject=routes):
+        out = restore(model, x, 2, bf16=True)
+    assert kinds == [torch.bfloat16]
+    assert (out.float() - exact).norm() < 0.03 * exact.norm()
+    assert torch.equal(restore(model, x, 2), exact)

@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
-from networks import build_tiny
+from networks import build_tiny, published
 
-from mambair_ds.config import UserError
-from mambair_ds.weights import load_network, read_weights, save_network
+from mambair_ds.config import NetworkConfig, UserError
+from mambair_ds.weights import describe_weights, load_network, open_network, read_weights, save_network, weight_file
 
 
 def _equal(a, b):
@@ -142,3 +142,40 @@ def test_safetensors_holds_one_set(tmp_path):
     state = build_tiny(0).state_dict()
     with pytest.raises(ValueError):
         save_network(tmp_path / "net.safetensors", {"params": state, "params_ema": state})
+
+
+@pytest.mark.parametrize("name", sorted(published()["variants"]))
+def test_the_network_is_read_off_its_weights(name):
+    variants = published()
+    shapes = variants["state_dicts"][variants["variants"][name]["state_dict"]]
+    weights = {key: torch.empty(shape, device="meta") for key, shape, _ in shapes}
+    wanted = NetworkConfig.model_validate(variants["variants"][name]["network_g"])
+    assert describe_weights(weights, name) == wanted.model_copy(update={"img_size": 64})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_ratio": 1.9, "type": "MambaIRv2"},
+        {"resi_connection": "3conv", "qkv_bias": False},
+        {"upscale": 4, "upsampler": "nearest+conv", "in_chans": 1},
+        {"upscale": 4, "upsampler": "pixelshuffle", "num_heads": [2, 3], "depths": [1, 2]},
+        {"upscale": 1, "upsampler": "", "convffn_kernel_size": 3, "window_size": 8},
+    ],
+)
+def test_unpublished_networks_open_by_their_weights_alone(changes, tmp_path):
+    model = build_tiny(**changes)
+    save_network(tmp_path / "models" / "net_g_8.pth", {"params": model.state_dict()})
+    save_network(tmp_path / "models" / "net_g_20.pth", {"params": model.state_dict()})
+    assert weight_file(tmp_path).name == "net_g_20.pth"
+    opened = open_network(tmp_path)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[key], tensor)
+
+
+def test_other_weights_are_no_network(tmp_path):
+    save_network(tmp_path / "other.pth", {"params": {"conv.weight": torch.zeros(1)}})
+    with pytest.raises(UserError, match=r"other.pth: not the weights of a MambaIRv2"):
+        open_network(tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"no models/net_g_ITER\.pth"):
+        open_network(tmp_path)
