@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 Network = Callable[[Tensor], Tensor]
 
+PUBLISHED_TILE = 200
+"""Largest side of a tile in the published validation, in LQ pixels."""
+
 
 @torch.inference_mode()
 def restore(
@@ -21,7 +24,7 @@ def restore(
     lq: Tensor,
     scale: int,
     *,
-    tile: int | None = 200,
+    tile: int | None = PUBLISHED_TILE,
     overlap: int | None = None,
     max_batch: int = 4,
     self_ensemble: bool = False,
@@ -37,7 +40,7 @@ def restore(
             mode and is left in the mode it was in.
         lq: (B, C, H, W).
         scale: the network's output size over its input size.
-        tile: largest side of a tile before it is widened, in LQ pixels. 200 is published; less saves memory; None
+        tile: largest side of a tile before it is widened, in LQ pixels. Less saves memory; None
             restores the picture in one piece.
         overlap: LQ pixels by which a tile is widened on each inner side; None: a tenth of its side, as published.
         max_batch: tiles of one size that the network gets at a time, at most.
@@ -68,8 +71,13 @@ class _Span(NamedTuple):
     place: slice  # of the output: where the middle goes
 
 
+def widening(size: int, overlap: int | None) -> int:
+    """LQ pixels by which a tile of this side is widened on each inner side."""
+    return size // 10 if overlap is None else overlap
+
+
 def _spans(count: int, size: int, scale: int, overlap: int | None) -> list[_Span]:
-    margin, end = size // 10 if overlap is None else overlap, count * size
+    margin, end = widening(size, overlap), count * size
     spans = []
     for start in range(0, end, size):
         wide = slice(max(start - margin, 0), min(start + size + margin, end))

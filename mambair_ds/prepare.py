@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from mambair_ds.options import positive
+
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, handled like Ctrl-C."""
@@ -83,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TMPL",
         help="name of the LQ file, {} for the name of the GT: '{}x2' pairs baby.png with babyx2.png (%(default)s)",
     )
-    add("--scale", type=_positive, required=True, help="GT size over LQ size; GT is cut to a multiple of it")
+    add("--scale", type=positive, required=True, help="GT size over LQ size; GT is cut to a multiple of it")
     add("--out", type=Path, required=True, metavar="SHARDS", help="folder to write; new, empty or of this very command")
     add(
         "--format",
@@ -91,18 +93,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="tif",
         help="tif: uncompressed, crops are read without decoding; png: about a third smaller, far slower (%(default)s)",
     )
-    add("--shard-size", type=_positive, default=1024, metavar="MB", help="pixels in a shard (%(default)s)")
+    add("--shard-size", type=positive, default=1024, metavar="MB", help="pixels in a shard (%(default)s)")
     add("--seed", type=int, default=0, help="of the order of the pictures (%(default)s)")
-    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="decoding threads (all cores)")
+    add("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="decoding threads (all cores)")
     add("--skip-bad", action="store_true", help="leave out what cannot be used and list it in the manifest")
     add("--channels", choices=["rgb", "gray"], default="rgb", help="gray: one channel, BT.601 luma (%(default)s)")
     return parser.parse_args(argv)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp",
 
 Channels = Literal["rgb", "gray"]
 
-_DEEP_GREY = ("I", "I;16", "I;16B", "I;16L")  # Pillow's modes for grey of more than 8 bits
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L")
+"""Pillow's modes for grey of more than 8 bits."""
 
 
 class PictureError(Exception):
@@ -171,7 +172,7 @@ def _decode(path: Path) -> tuple[np.ndarray, list[str]]:
         file.verify()  # checksums, which decoding a PNG skips
     with Image.open(path) as file:
         # Of deeper colors Pillow keeps the upper byte only; its tile still tells the depth of the file.
-        deep_color = file.mode not in _DEEP_GREY and ";16" in str(file.tile)
+        deep_color = file.mode not in DEEP_GREY and ";16" in str(file.tile)
         if file.has_transparency_data:
             notes.append("alpha dropped")
         if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -197,7 +198,7 @@ def _plain(image: Image.Image, notes: list[str]) -> np.ndarray:
         notes.append(f"converted from {image.mode}")
     if image.mode in ("1", "LA", "La"):
         image = image.convert("L")
-    elif image.mode not in ("L", "RGB", *_DEEP_GREY):
+    elif image.mode not in ("L", "RGB", *DEEP_GREY):
         image = image.convert("RGB")
     return np.atleast_3d(np.asarray(image))
 
