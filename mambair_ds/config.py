@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -407,6 +407,28 @@ class RunConfig(_Schema):
             raise UserError(f"train.pretrain.path: no file {self.train.pretrain.path}")
 
 
+class EvaluationDataConfig(_Schema):
+    """Pictures to measure on."""
+
+    val: ValidationConfig
+    """Validation sets and metrics."""
+
+
+class EvaluationConfig(_Schema):
+    """What `evaluate` needs: these parts of a run's file, or a file of these parts alone."""
+
+    name: str = "evaluation"
+    """Name in the results."""
+    weights: Path | None = None
+    """Weight file, or the folder of a run."""
+    network: NetworkConfig | None = None
+    """The network; absent: read off the weights."""
+    task: TaskConfig
+    """What the network undoes."""
+    data: EvaluationDataConfig
+    """Pictures."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats (PyYAML takes 2e-4 for text), and an error for a key given twice."""
 
@@ -440,7 +462,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: one message with every wrong key, its place and what was expected.
     """
-    path = Path(path)
+    tree, overridden = _read(Path(path), overrides)
+    return validate(tree, str(path), overridden)
+
+
+def load_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> EvaluationConfig:
+    """Read what `evaluate` needs from a run's file, whose weights are then the run's own, or from a file of it alone.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree, overridden = _read(Path(path), overrides)
+    if "train" not in tree:
+        return validate(tree, str(path), overridden, EvaluationConfig)
+    run = validate(tree, str(path), overridden)
+    return EvaluationConfig(
+        name=run.name,
+        weights=run.folder,
+        network=run.network,
+        task=run.task,
+        data=EvaluationDataConfig(val=run.data.val),
+    )
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a file with overrides, and the text of every override by its key."""
     if not path.is_file():
         raise UserError(f"--config: no file {path}")
     try:
@@ -454,19 +500,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         key, value = _parse_override(override)
         _set(tree, key, value, override)
         overridden[key] = override
-    return validate(tree, str(path), overridden)
+    return tree, overridden
 
 
-def validate(tree: Mapping[str, Any], source: str, overridden: Mapping[str, str] | None = None) -> RunConfig:
-    """Turn a nested mapping into a `RunConfig`; `source` and `overridden` (key: override text) name places in errors.
+_Schemas = TypeVar("_Schemas", bound=_Schema)
+
+
+@overload
+def validate(tree: Mapping[str, Any], source: str, overridden: Mapping[str, str] | None = None) -> RunConfig: ...
+@overload
+def validate(
+    tree: Mapping[str, Any], source: str, overridden: Mapping[str, str] | None, schema: type[_Schemas]
+) -> _Schemas: ...
+def validate(
+    tree: Mapping[str, Any],
+    source: str,
+    overridden: Mapping[str, str] | None = None,
+    schema: type[_Schema] = RunConfig,
+) -> _Schema:
+    """Turn a nested mapping into a `RunConfig`, or into another schema.
+
+    Args:
+        tree: settings.
+        source: where they come from, for errors.
+        overridden: text of every override by its key, for errors.
+        schema: class to make of it.
 
     Raises:
         UserError: one line per wrong key.
     """
     try:
-        return RunConfig.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(item), source, overridden or {}) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        lines = [_explain(dict(item), source, overridden or {}, schema) for item in items]
         raise UserError("\n".join(lines)) from error
 
 
@@ -518,13 +585,13 @@ def _item(node: list[Any], part: str, override: str) -> Any:
     return node[int(part)]
 
 
-def _explain(item: dict[str, Any], source: str, overridden: Mapping[str, str]) -> str:
+def _explain(item: dict[str, Any], source: str, overridden: Mapping[str, str], root: type[_Schema]) -> str:
     # A discriminated union puts its tag into the location; users know only the keys.
     loc = [str(part) for part in item["loc"] if part not in ("MultiStepLR", "CosineAnnealingRestartLR")]
     key = ".".join(loc)
     place = f"--set {overridden[key]}" if key in overridden else f"{source}: {key}" if key else source
     if item["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
+        known = _known_keys(root, loc[:-1])
         close = difflib.get_close_matches(loc[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{place}: unknown key; {hint}"
@@ -536,9 +603,9 @@ def _explain(item: dict[str, Any], source: str, overridden: Mapping[str, str]) -
     return f"{place}: {message[0].lower()}{message[1:]}, got {item['input']!r}"
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
+def _known_keys(root: type[_Schema], path: Sequence[str]) -> list[str]:
     """Keys that the schema has at a location (empty inside free-form mappings)."""
-    schema: Any = RunConfig.model_json_schema()
+    schema: Any = root.model_json_schema()
     definitions = schema["$defs"]
 
     def resolve(node: Any) -> list[Any]:

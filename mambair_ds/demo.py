@@ -76,9 +76,9 @@ def show(config: RunConfig) -> None:
 
     from mambair_ds.data.degradations import resize_uint8
     from mambair_ds.data.folders import open_validation_set
-    from mambair_ds.inference import restore
+    from mambair_ds.inference import restore, to_picture, to_tensor
     from mambair_ds.models import build_model
-    from mambair_ds.training.validation import degrade, measure, to_picture, to_tensor
+    from mambair_ds.training.validation import degrade, measure
     from mambair_ds.weights import load_network
 
     scale, val = config.network.upscale, config.data.val

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +62,18 @@ def restore(
             restored = _restore_tiled(network, turned, scale, tile, overlap, max_batch)
             outputs.append(_transform(restored, transpose, flip_v, flip_h, undo=True))
         return torch.stack(outputs).mean(0)
+
+
+def to_tensor(picture: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 or float (H, W, C) to float32 (1, C, H, W) in [0, 1]."""
+    values = picture.astype(np.float32) / np.float32(255) if picture.dtype == np.uint8 else picture.astype(np.float32)
+    return torch.from_numpy(values).to(device).permute(2, 0, 1).unsqueeze(0)
+
+
+def to_picture(output: Tensor) -> np.ndarray:
+    """Float (1, C, H, W) to uint8 (H, W, C): clamped to [0, 1], rounded."""
+    values = output[0].float().clamp(0, 1).mul(255).round()
+    return values.permute(1, 2, 0).byte().cpu().numpy()
 
 
 class _Span(NamedTuple):

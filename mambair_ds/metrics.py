@@ -6,8 +6,12 @@ float32, as the published code (BasicSR's metrics) has it; that PSNR is then flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
+
+from mambair_ds.config import UserError
 
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -44,6 +48,42 @@ def ssim(a: np.ndarray, b: np.ndarray, crop_border: int, test_y_channel: bool = 
     luminance = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
     structure = (2 * covariance + _C2) / (var_a + var_b + _C2)
     return float(np.mean(luminance * structure))
+
+
+def perceptual(name: str, crop_border: int, device: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """LPIPS (Zhang et al., 2018; AlexNet) or DISTS (Ding et al., 2020) as pyiqa computes them; lower is better.
+
+    Args:
+        name: lpips or dists.
+        crop_border: pixels cut from every side first.
+        device: where to compute.
+
+    Returns:
+        A function of a picture and its GT, uint8 (H, W, 3) RGB or (H, W, 1).
+
+    Raises:
+        UserError: pyiqa is not installed, or cannot get the metric's weights.
+    """
+    try:
+        import pyiqa
+        import torch
+    except ImportError as error:
+        raise UserError(f"metric {name}: pip install 'mambair-ds[perceptual]' brings it ({error})") from error
+    try:
+        network = pyiqa.create_metric(name, device=torch.device(device))
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        raise UserError(f"metric {name}: pyiqa downloads its weights once and could not ({error})") from error
+
+    def measure(a: np.ndarray, b: np.ndarray) -> float:
+        tensors = []
+        for picture in (a, b):
+            inner = slice(crop_border, -crop_border or None)
+            unit = np.broadcast_to(np.atleast_3d(picture)[inner, inner], (*picture[inner, inner].shape[:2], 3)) / 255
+            tensors.append(torch.from_numpy(unit.astype(np.float32)).permute(2, 0, 1)[None].to(device))
+        with torch.inference_mode():
+            return float(network(*tensors))
+
+    return measure
 
 
 def _prepare(a: np.ndarray, b: np.ndarray, crop_border: int, test_y_channel: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mambair_ds.config import NetworkConfig, UserError
 from mambair_ds.data.degradations import imresize
-from mambair_ds.inference import PUBLISHED_TILE, restore, widening
+from mambair_ds.inference import PUBLISHED_TILE, restore, to_picture, to_tensor, widening
 from mambair_ds.models.mambairv2 import MambaIRv2
 from mambair_ds.weights import open_network
 
@@ -98,6 +98,10 @@ class Restorer:
         """(B, channels, H, W) in [0, 1] on any device to (B, channels, H·scale, W·scale), float32, not clamped."""
         return self._restore(lq.to(self.device)).float()
 
+    def restore_lq(self, lq: np.ndarray) -> np.ndarray:
+        """LQ (H, W, channels), uint8 or float32 in units of 1, to the uint8 result, as evaluations take it."""
+        return to_picture(self.restore(to_tensor(lq)))
+
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """Restore a picture.
 
@@ -141,8 +145,7 @@ class Restorer:
 
     def _network(self, unit: np.ndarray) -> np.ndarray:
         """float32 (H, W, channels) in [0, 1] to the restored one."""
-        lq = torch.from_numpy(np.ascontiguousarray(unit)).permute(2, 0, 1).unsqueeze(0)
-        return np.ascontiguousarray(self.restore(lq)[0].permute(1, 2, 0).cpu().numpy())
+        return np.ascontiguousarray(self.restore(to_tensor(unit))[0].permute(1, 2, 0).cpu().numpy())
 
     def _enlarge(self, unit: np.ndarray) -> np.ndarray:
         return imresize(unit, self.scale).astype(np.float32) if self.scale > 1 else unit

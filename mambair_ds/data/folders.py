@@ -9,8 +9,19 @@ import numpy as np
 
 from mambair_ds.config import UserError, ValSetConfig
 from mambair_ds.data.degradations import resize_uint8
-from mambair_ds.data.pictures import Channels, Pair, PictureError, cut_to_multiple, fit_pair, pair_folder, read_picture
+from mambair_ds.data.pictures import (
+    Channels,
+    Pair,
+    PictureError,
+    Problem,
+    cut_to_multiple,
+    fit_pair,
+    pair_folder,
+    read_picture,
+)
 from mambair_ds.data.shards import Shards
+
+_SHOWN = 5  # problems that an error spells out
 
 
 class ValidationSet(Protocol):
@@ -45,7 +56,7 @@ class PairedFolder:
         """
         pairs, problems = pair_folder(gt, lq, filename_tmpl)
         if problems:
-            raise UserError("\n".join(f"{problem.file}: {problem.reason}" for problem in problems))
+            raise UserError(_explain(problems, gt, lq, scale))
         self._pairs: list[Pair] = pairs
         self._scale = scale
         self._channels = channels
@@ -75,6 +86,17 @@ class PairedFolder:
         except PictureError as error:
             raise UserError(f"{reading}: {error}") from error
         return (resize_uint8(gt, 1 / self._scale) if self._scale > 1 else None), gt
+
+
+def _explain(problems: list[Problem], gt: Path, lq: Path | None, scale: int) -> str:
+    """The first problems, and the usual template that would pair the files if there is one."""
+    lines = [f"{problem.file}: {problem.reason}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"and {len(problems) - _SHOWN} more files")
+    for template in ("{}", f"{{}}x{scale}", f"{{}}_LRBI_x{scale}"):
+        if not pair_folder(gt, lq, template)[1]:
+            lines.append(f"did you mean the filename template '{template}'?")
+    return "\n".join(lines)
 
 
 class ShardSet:

@@ -27,6 +27,13 @@ class Launch:
     """Ranks on this machine."""
 
     @property
+    def device(self) -> str:
+        """Where this rank computes: its GPU if there is one."""
+        import torch
+
+        return f"cuda:{self.local_rank}" if torch.cuda.is_available() else "cpu"
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0

@@ -8,12 +8,12 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mambair_ds.config import RunConfig, TaskConfig, ValidationConfig
 from mambair_ds.data.degradations import add_validation_noise, jpeg_roundtrip, resize_uint8
 from mambair_ds.data.folders import ValidationSet, open_validation_set
-from mambair_ds.inference import restore
+from mambair_ds.inference import restore, to_picture, to_tensor
 from mambair_ds.metrics import psnr, ssim
 from mambair_ds.training.launch import Launch
 
@@ -47,18 +47,6 @@ def degrade(gt: np.ndarray, task: TaskConfig, scale: int) -> np.ndarray:
         assert task.quality is not None
         return jpeg_roundtrip(gt, task.quality)
     return resize_uint8(gt, 1 / scale)
-
-
-def to_tensor(picture: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 or float (H, W, C) to float32 (1, C, H, W) in [0, 1]."""
-    values = picture.astype(np.float32) / np.float32(255) if picture.dtype == np.uint8 else picture.astype(np.float32)
-    return torch.from_numpy(values).to(device).permute(2, 0, 1).unsqueeze(0)
-
-
-def to_picture(output: Tensor) -> np.ndarray:
-    """Float (1, C, H, W) to uint8 (H, W, C): clamped to [0, 1], rounded."""
-    values = output[0].float().clamp(0, 1).mul(255).round()
-    return values.permute(1, 2, 0).byte().cpu().numpy()
 
 
 def measure(picture: np.ndarray, gt: np.ndarray, options: ValidationConfig) -> tuple[float, float]:
