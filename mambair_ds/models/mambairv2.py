@@ -188,8 +188,8 @@ def pad_to_windows(x: Tensor, size: int) -> Tensor:
     """
     for dim in (2, 3):
         side = x.shape[dim]
-        if side % size:
-            place = torch.arange(-(-side // size) * size, device=x.device) % (2 * side)
+        if torch.compiler.is_exporting() or side % size:  # an exported network takes any size
+            place = torch.arange((side + size - 1) // size * size, device=x.device) % (2 * side)
             x = x.index_select(dim, torch.minimum(place, 2 * side - 1 - place))
     return x
 

@@ -1,0 +1,21 @@
+"""A checkpoint of many ranks becomes a weight file."""
+
+import torch
+
+from mambair_ds.convert import main
+from mambair_ds.weights import read_weights
+
+from conftest import Workplace
+
+
+def test_a_checkpoint_of_two_ranks_holds_the_weights_that_the_run_exported(workplace: Workplace) -> None:
+    done = workplace.train("train.zero_stage=3", "train.ema_decay=0.9", ranks=2)
+    assert done.returncode == 0, done.stderr
+    run = workplace.folder / "experiments/tiny"
+    out = workplace.folder / "weights.pth"
+    assert main(["weights", str(run / "checkpoints/0000006"), "--out", str(out)]) == 0
+    for key in ("params", "params_ema"):
+        exported, converted = read_weights(run / "models/net_g_6.pth", key), read_weights(out, key)
+        assert exported.keys() == converted.keys()
+        assert all(torch.equal(tensor, converted[name]) for name, tensor in exported.items())
+    assert "run tiny" in out.with_suffix(".md").read_text()
