@@ -340,6 +340,8 @@ class LogConfig(_Schema):
 
     print_freq: PositiveInt = 100
     """Iterations between log lines."""
+    report_pictures: NonNegativeInt = 3
+    """Pictures of each validation set to look at in experiments/NAME/report."""
     tensorboard: bool = False
     """Write TensorBoard events to experiments/NAME/log/tensorboard."""
     wandb: WandbConfig | None = None

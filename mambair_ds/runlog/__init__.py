@@ -1,7 +1,8 @@
-"""What a run says: console and file, TensorBoard, Weights & Biases, and the facts that let it be repeated."""
+"""What a run says: console and file, the report, TensorBoard, W&B, and the facts that let it be repeated."""
 
 from mambair_ds.runlog.environment import describe_environment
-from mambair_ds.runlog.log import log_to_console, log_to_file
+from mambair_ds.runlog.log import LIVE, Progress, log_to_console, log_to_file
+from mambair_ds.runlog.report import save_detail
 from mambair_ds.runlog.trackers import Trackers
 
-__all__ = ["Trackers", "describe_environment", "log_to_console", "log_to_file"]
+__all__ = ["LIVE", "Progress", "Trackers", "describe_environment", "log_to_console", "log_to_file", "save_detail"]

@@ -23,7 +23,7 @@ from mambair_ds.config import RunConfig
 from mambair_ds.data.pipeline import TrainStream, check_train_data
 from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
-from mambair_ds.runlog import Trackers, describe_environment, log_to_console, log_to_file
+from mambair_ds.runlog import LIVE, Progress, Trackers, describe_environment, log_to_console, log_to_file
 from mambair_ds.training import checkpoint as checkpoints
 from mambair_ds.training import fragments
 from mambair_ds.training.agreement import Agreement
@@ -160,6 +160,7 @@ class Trainer:
         self.saver = Saver(config.folder / "checkpoints", config.checkpoint, launch, timeout=1800)
         # Guesses for the first of each, in seconds.
         self._longest_step, self._longest_save, self._longest_validation = 1.0, 5.0, 0.0
+        self.progress = Progress(config.name, self.state.iteration, train.total_iter, show=launch.is_main)
         self.trackers: Trackers | None = None
         if launch.is_main:
             self._describe(checkpoint)
@@ -182,6 +183,7 @@ class Trainer:
             state.iteration += 1
             logs, last = state.iteration % config.log.print_freq == 0, state.iteration == total
             loss, norm = self._step(want_norm=logs)
+            self.progress.step()
             if logs:
                 self._log(loss, norm)
             counts = self.agreement.finish()
@@ -202,6 +204,7 @@ class Trainer:
         else:
             logger.info("End of training. Time consumed: %s", elapsed)
         self.stream.close()
+        self.progress.close()
         if self.trackers:
             self.trackers.close()
         return not stopped
@@ -255,7 +258,9 @@ class Trainer:
                 samples,
                 "-" if norm is None else f"{norm:.4f}",
                 _memory_mb(self.device),
+                extra=LIVE,
             )
+            self.progress.say(f"loss {value:.3e}, {samples:.1f} samples/s")
             scalars = {
                 "losses/l_pix": value,
                 "lr": lr,

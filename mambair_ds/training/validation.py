@@ -15,6 +15,7 @@ from mambair_ds.data.degradations import add_validation_noise, jpeg_roundtrip, r
 from mambair_ds.data.folders import ValidationSet, open_validation_set
 from mambair_ds.inference import restore, to_picture, to_tensor
 from mambair_ds.metrics import psnr, ssim
+from mambair_ds.runlog import save_detail
 from mambair_ds.training.launch import Launch
 
 
@@ -74,6 +75,8 @@ def validate(
                 lq = degrade(gt, config.task, config.network.upscale)
             picture = to_picture(restore(network, to_tensor(lq, device), config.network.upscale))
             values[i] = torch.tensor(measure(picture, gt, options))
+            if i < config.log.report_pictures:
+                save_detail(config.folder, set_name, val_set.name(i), iteration, lq, picture, gt)
             if options.save_img:
                 _save(picture, config.folder / "visualization" / val_set.name(i), f"{val_set.name(i)}_{iteration}.png")
         values = values.to(device)

@@ -81,7 +81,7 @@ class Workplace:
 
     def scalars(self, key: str = "losses/l_pix", name: str = "tiny") -> dict[int, float]:
         """Logged values by iteration; of an iteration done twice the later one."""
-        lines = (self.folder / "experiments" / name / "log/scalars.jsonl").read_text().splitlines()
+        lines = (self.folder / "experiments" / name / "log/metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         return {row["iteration"]: row[key] for row in rows if key in row}
 

@@ -1,11 +1,10 @@
 """A checkpoint of many ranks becomes a weight file."""
 
 import torch
+from conftest import Workplace
 
 from mambair_ds.convert import main
 from mambair_ds.weights import read_weights
-
-from conftest import Workplace
 
 
 def test_a_checkpoint_of_two_ranks_holds_the_weights_that_the_run_exported(workplace: Workplace) -> None:

@@ -31,6 +31,8 @@ def test_a_run_leaves_checkpoints_weights_logs_and_pictures(workplace: Workplace
     assert set(weights(workplace, 6)) == {"params", "params_ema"}
     assert (run / "visualization/cat/cat_3.png").is_file()
     assert list((run / "log/tensorboard").glob("events*"))
+    assert "metrics/photos/psnr" in (run / "report/index.html").read_text()
+    assert (run / "report/pictures/photos/cat/network_0000006.png").is_file()
     assert json.loads((run / "environment.json").read_text())["launcher"] == "python"
     assert workplace.scalars("metrics/photos/psnr").keys() == {3, 6}
     assert "started by python" in done.stdout

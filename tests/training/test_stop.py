@@ -24,7 +24,7 @@ def start(place: Workplace, command: list[str]) -> subprocess.Popen[str]:
         command, cwd=place.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    scalars = place.folder / "experiments/tiny/log/scalars.jsonl"
+    scalars = place.folder / "experiments/tiny/log/metrics.jsonl"
     deadline = time.monotonic() + 100
     while not (scalars.exists() and scalars.read_text().count("\n") > 1) and time.monotonic() < deadline:
         assert run.poll() is None, run.stdout and run.stdout.read()
