@@ -141,6 +141,8 @@ class TrainDataConfig(_Schema):
     """Flip crops up-down and transpose them at random; with use_hflip all eight orientations."""
     threads: PositiveInt = 2
     """CPU threads of the DALI pipeline, per rank."""
+    verify: bool = False
+    """Compare every shard's checksum with its manifest at the start, which reads all of it; sizes always are."""
 
 
 class ValSetConfig(_Schema):
@@ -320,6 +322,13 @@ class CheckpointConfig(_Schema):
 class FaultsConfig(_Schema):
     """What a run bears before it stops."""
 
+    timeout: PositiveFloat = 600.0
+    """Seconds that a rank may be late, in a step or a save, before the others name it and leave."""
+    max_skipped: PositiveInt = 10
+    """Steps in a row that may be skipped for a gradient that is not finite; one more stops the run."""
+    max_damaged: NonNegativeInt = 10
+    """Pictures that may be unreadable, on all ranks together; each is named and its neighbour taken, one more stops the
+    run."""
     lock_timeout: PositiveFloat = 60.0
     """Seconds without a sign of life after which a run on another machine no longer holds the run's folder."""
 

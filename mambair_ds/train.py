@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = launch.detect(args.local_rank)
         launch.share_cores(place)
         # Heavy from here on: torch, DeepSpeed, DALI.
-        from mambair_ds.training.checkpoint import SaveError
+        from mambair_ds.training.checkpoint import RunError
         from mambair_ds.training.trainer import run
 
         try:
             finished = run(config, place, args.resume, args.fresh, stop)
-        except SaveError as error:
+        except RunError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except OSError as error:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,8 @@ from mambair_ds.config import NetworkConfig, TaskConfig, TrainDataConfig, UserEr
 from mambair_ds.data.order import Order, Samples, anchor
 from mambair_ds.data.shards import Shards, Which
 from mambair_ds.kernels.philox import DEGRADATION_STREAM, NoiseKey, normal
+
+logger = logging.getLogger(__name__)
 
 _AHEAD = 2  # batches being read, and as many again inside DALI
 _PLANNED = 2048  # samples whose order is worked out at once: the arithmetic costs little per array, not per element
@@ -77,8 +81,12 @@ class TrainStream:
         batch_size: int,
         position: int = 0,
         device: torch.device | str,
+        max_damaged: int = 0,
     ) -> None:
         """Open the shards and start reading ahead.
+
+        A picture that cannot be read or decoded is named, and the next of its folder taken in its place, always the
+        same one; more than `max_damaged` pictures end the stream.
 
         Raises:
             UserError: if shards are missing or damaged, do not fit the task or one another, or hold a picture smaller
@@ -101,23 +109,45 @@ class TrainStream:
 
         self.position = position
         """Samples that all ranks together have consumed."""
-        self._plan = self._planned(position)
+        self._max_damaged = max_damaged
+        self._damaged: dict[tuple[int, int], str] = {}  # by folder and picture
+        self._noting = threading.Lock()
         self._reader = ThreadPoolExecutor(data.threads, thread_name_prefix="crops")
+        self._pipeline: Pipeline | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """Read ahead from `position`."""
+        self._plan = self._planned(self.position)
         self._reading: deque[Future[tuple[Any, ...]]] = deque()
-        self._pipeline: Pipeline | None = _pipeline(
+        self._pipeline = _pipeline(
             self._inputs,
             members=len(self._members),
             compressed=self._compressed,
             gray=self.channels == 1,
-            quality=task.quality,
-            gt_size=data.gt_size,
+            quality=self._task.quality,
+            gt_size=self._data.gt_size,
             gpu=self._device.type == "cuda",
-            batch_size=batch_size,
-            num_threads=data.threads,
+            batch_size=self._batch_size,
+            num_threads=self._data.threads,
             device_id=self._device.index,
             prefetch_queue_depth=_AHEAD,
         )
         self._pipeline.build()
+
+    @property
+    def damaged(self) -> int:
+        """Pictures that this rank has found damaged."""
+        return len(self._damaged)
+
+    def keys(self, position: int, batches: int) -> list[str]:
+        """Folder and key of this rank's samples in the batches from a position on."""
+        starts = range(position, position + batches * self._stride, self._stride)
+        samples = self._order.samples(np.concatenate([self._positions(start) for start in starts]))
+        return [
+            f"{self._folders[f].folder}: {self._folders[f].key(p)}"
+            for f, p in zip(samples.folder, samples.picture, strict=True)
+        ]
 
     @property
     def pictures(self) -> int:
@@ -144,23 +174,33 @@ class TrainStream:
             raise ValueError("next on a closed stream")
         positions = self._positions(self.position)
         try:
-            outputs = self._pipeline.run(
-                torch.cuda.current_stream(self._device) if self._device.index is not None else None
-            )
+            outputs = self._outputs()
         except UserError:
             self.close()
             raise
-        except RuntimeError as error:
-            self.close()
-            undecodable = self._undecodable(positions)
-            if not undecodable:
-                raise
-            raise UserError("\n".join(dict.fromkeys(undecodable))) from error
         gt, *rest = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         keys = torch.from_numpy(positions)
         lq = rest[0] if rest else self._noisy(gt, keys)
         self.position += self._stride
         return Batch(lq, gt, keys)
+
+    def _outputs(self) -> tuple[Any, ...]:
+        """What DALI gives for the next batch, with neighbours in place of damaged pictures."""
+        while True:
+            assert self._pipeline is not None
+            try:
+                outputs: tuple[Any, ...] = self._pipeline.run(
+                    torch.cuda.current_stream(self._device) if self._device.index is not None else None
+                )
+                return outputs
+            except RuntimeError as error:
+                undecodable = self._undecodable()
+                if not undecodable:
+                    raise
+                self._note(undecodable, error)
+                for future in self._reading:
+                    future.cancel()
+                self._start()
 
     def close(self) -> None:
         """Stop reading ahead and free DALI's buffers and threads."""
@@ -192,8 +232,45 @@ class TrainStream:
             self._reading.append(self._reader.submit(self._read, next(self._plan)))
         return self._reading.popleft().result()
 
+    def _note(self, damaged: dict[tuple[int, int], str], cause: Exception) -> None:
+        """Remember damaged pictures.
+
+        Raises:
+            UserError: they are too many; says what the new ones have.
+        """
+        with self._noting:
+            new = {place: reason for place, reason in damaged.items() if place not in self._damaged}
+            self._damaged |= new
+            if len(self._damaged) > self._max_damaged:
+                raise UserError("\n".join(new.values() or self._damaged.values())) from cause
+        for reason in new.values():
+            logger.warning(
+                "%s; its neighbour is taken instead (%d of faults.max_damaged %d)",
+                reason, len(self._damaged), self._max_damaged,
+            )  # fmt: skip
+
+    def _undamaged(self, samples: Samples) -> Samples:
+        """The samples with the next whole picture of the folder in place of every damaged one."""
+        if not self._damaged:
+            return samples
+        pictures = samples.picture.copy()
+        for i, (folder, picture) in enumerate(zip(samples.folder.tolist(), pictures.tolist(), strict=True)):
+            count = len(self._folders[folder])
+            whole = (p % count for p in range(picture, picture + count) if (folder, p % count) not in self._damaged)
+            if (taken := next(whole, None)) is None:
+                raise UserError(f"{self._folders[folder].folder}: all {count} pictures are damaged")
+            pictures[i] = taken
+        return replace(samples, picture=pictures)
+
     def _read(self, samples: Samples) -> tuple[Any, ...]:
         """A batch as `_pipeline` takes it."""
+        while True:
+            try:
+                return self._assemble(self._undamaged(samples))
+            except _DamagedPicture as damage:
+                self._note({damage.place: str(damage)}, damage)
+
+    def _assemble(self, samples: Samples) -> tuple[Any, ...]:
         scale, size = self.scale, self._data.gt_size
         sides = np.stack([self._shapes[f][p] for f, p in zip(samples.folder, samples.picture, strict=True)]).astype(
             np.int64
@@ -223,9 +300,8 @@ class TrainStream:
                 else:
                     data.append(shards.crop(picture, which, *corner, *sides))
             except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{shards.folder}: sample {shards.key(picture)}: cannot read its {which}: {error}"
-                ) from error
+                reason = f"{shards.folder}: sample {shards.key(picture)}: cannot read its {which}: {error}"
+                raise _DamagedPicture((int(folder), int(picture)), reason) from error
         return [data, start.astype(np.int32), shape.astype(np.int32)] if self._compressed else [data]
 
     def _noisy(self, gt: Tensor, positions: Tensor) -> Tensor:
@@ -234,22 +310,38 @@ class TrainStream:
         noise = normal(NoiseKey(self._seed, positions), DEGRADATION_STREAM, gt.shape, gt.device)
         return _to_float(gt) + noise * (self._task.sigma / 255)
 
-    def _undecodable(self, positions: np.ndarray) -> list[str]:
-        """Name the pictures of a batch that DALI cannot decode, by trying each alone."""
-        samples = self._order.samples(positions)
-        failed = []
-        for folder, picture in zip(samples.folder, samples.picture, strict=True):
-            shards = self._folders[folder]
-            for which in self._members:
-                try:
-                    _decoder(np.frombuffer(shards.bytes(picture, which), np.uint8)).run()
-                except RuntimeError:
-                    failed.append(f"{shards.folder}: sample {shards.key(picture)}: its {which} cannot be decoded")
-        return failed
+    def _undecodable(self) -> dict[tuple[int, int], str]:
+        """Which pictures of the first batch that has such, of those in DALI's hands, it cannot decode, and why."""
+        for ahead in range(2 * _AHEAD + 1):
+            samples = self._undamaged(self._order.samples(self._positions(self.position + ahead * self._stride)))
+            failed = {}
+            for folder, picture in zip(samples.folder.tolist(), samples.picture.tolist(), strict=True):
+                shards = self._folders[folder]
+                for which in self._members:
+                    try:
+                        _decoder(np.frombuffer(shards.bytes(picture, which), np.uint8)).run()
+                    except RuntimeError:
+                        reason = f"{shards.folder}: sample {shards.key(picture)}: its {which} cannot be decoded"
+                        failed[folder, picture] = reason
+            if failed:
+                return failed
+        return {}
 
 
-def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkConfig) -> str:
+class _DamagedPicture(Exception):
+    """A picture that cannot be read; the message names it."""
+
+    def __init__(self, place: tuple[int, int], reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
+def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkConfig, verify: bool = False) -> str:
     """Check, before anything heavy starts, that the shards fit one another, the crop, the task and the network.
+
+    Args:
+        data, task, network: of the run.
+        verify: compare the shards' checksums too, if `data.verify` asks for it: one rank is enough.
 
     Returns:
         A checksum of all that decides, beside the seed, what comes at a position: a stream goes on only in one of the
@@ -259,6 +351,8 @@ def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkCo
         UserError: naming the folder and what was expected.
     """
     folders = _open(data, task)
+    for shards in folders if data.verify and verify else []:
+        shards.verify()
     first = folders[0]
     if first.channels != network.in_chans:
         raise UserError(

@@ -40,3 +40,11 @@ class Agreement:
         assert self._work is not None
         self._work.wait()
         return dict(zip(self._names, self._votes.tolist(), strict=True))
+
+
+def is_about_ranks(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or late, as far as the backends' messages tell."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("gloo", "nccl", "connection closed", "connection reset", "timed out"))

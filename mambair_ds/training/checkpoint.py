@@ -49,8 +49,12 @@ FREE_KEYS = (
 )
 
 
-class SaveError(Exception):
-    """A checkpoint could not be written; the previous one is untouched."""
+class RunError(Exception):
+    """The run cannot go on; what was saved is untouched. The message is for the user, the exit code is 1."""
+
+
+class SaveError(RunError):
+    """A checkpoint could not be written."""
 
 
 @dataclass
@@ -71,6 +75,10 @@ class RunState:
     """Iteration of the last validation."""
     wandb_id: str | None = None
     """W&B run to go on with."""
+    skipped: int = 0
+    """Steps left out because their gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the ones since the last step that was taken."""
 
 
 def rng_state() -> dict[str, Any]:

@@ -26,7 +26,9 @@ class Ema:
         self.tensors = {name: tensor.detach().float().clone() for name, tensor in local.items()}
 
     @torch.no_grad()
-    def update(self, local: Mapping[str, Tensor]) -> None:
-        """mean = decay · mean + (1 - decay) · weights, in place."""
-        weights = [local[name].detach().float() for name in self.tensors]
-        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - self.decay)
+    def update(self, local: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """mean += (1 - decay) · (weights - mean), in place; nothing where `skipped`, 0.0 or 1.0, is 1.0."""
+        means = list(self.tensors.values())
+        steps = torch._foreach_sub([local[name].detach().float() for name in self.tensors], means)
+        torch._foreach_mul_(steps, ((1 - self.decay) * (1 - skipped)).to(means[0].device, non_blocking=True))
+        torch._foreach_add_(means, steps)

@@ -7,6 +7,7 @@ bf16, and stage 3 would swap Linear for a variant that computes in another order
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -43,22 +44,31 @@ def deepspeed_config(train: TrainConfig, batch_size: int, precision: str) -> dic
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif precision == "pure_bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return config
 
 
-def start_process_group(device: torch.device) -> None:
-    """Join the other ranks (NCCL on GPUs, gloo on CPUs), as the environment of `launch.detect` says."""
+def start_process_group(device: torch.device, timeout: float) -> None:
+    """Join the other ranks (NCCL on GPUs, gloo on CPUs), as the environment of `launch.detect` says.
+
+    Args:
+        device: this rank's.
+        timeout: seconds that another rank may be late in any collective.
+    """
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective here, which takes minutes and a compiler.
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(seconds=timeout), verbose=False)
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer of a run (DeepSpeed's own Adam would be compiled, and is AdamW by default)."""
+    """The torch optimizer of a run (DeepSpeed's own Adam would be compiled, and is AdamW by default).
+
+    The fused one reads and writes everything once, and can leave a step out by a flag on the device.
+    """
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.type]
-    return cls(network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    return cls(network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 class Engine:
@@ -69,17 +79,28 @@ class Engine:
         self.stage = train.zero_stage
         self.config = deepspeed_config(train, batch_size, precision)
         self.input_dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=network, optimizer=build_optimizer(train.optim, network), config=self.config
-        )
+        optimizer = build_optimizer(train.optim, network)
+        self.deepspeed, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=self.config)
+        self.skipped = torch.zeros(())
+        """Whether the last step was left out because its gradient was not finite: 1.0 or 0.0, the same on all ranks."""
+        if self.stage == 0:
+            optimizer.register_step_pre_hook(self._guard)
 
     def __call__(self, lq: Tensor, **kwargs: Any) -> Tensor:
         """The network's output for `lq`, (B, C, H, W) float32 in [0, 1]."""
         output: Tensor = self.deepspeed(lq.to(self.input_dtype), **kwargs)
         return output
 
+    def _guard(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the step at stage 0: every rank has the whole gradient, and the kernel heeds the flag unread."""
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        self.skipped = 1 - nn.utils.get_total_norm(gradients).isfinite().float()
+        optimizer.found_inf = self.skipped  # type: ignore[attr-defined]
+
     def step(self, loss: Tensor, lr: float, want_norm: bool) -> float | None:
         """Backward pass of one micro-batch and, at an accumulation boundary, the optimizer step.
+
+        A step whose gradient is not finite on some rank is left out on all: weights and moments stay as they are.
 
         Args:
             loss: scalar.
@@ -92,7 +113,10 @@ class Engine:
             norm = nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters() if p.grad is not None])
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
+        if self.stage > 0 and boundary:  # DeepSpeed has read the norm itself
+            self.skipped = torch.tensor(float(self.deepspeed.optimizer.overflow))
         if want_norm and self.stage > 0:
             norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)

@@ -122,7 +122,7 @@ def put(engine: Engine, saved: Mapping[str, Any], ema: Mapping[str, Tensor] | No
         state = optimizer.state[slot.flat]
         if "exp_avg" not in state:
             state.update({kind: torch.zeros_like(slot.flat) for kind in MOMENTS})
-        state["step"] = torch.tensor(saved["step"][slot.name], dtype=torch.float32)
+        state["step"] = torch.tensor(saved["step"][slot.name], dtype=torch.float32, device=slot.flat.device)
         for tensor, kind in ((slot.flat, "params"), *((state[kind], kind) for kind in MOMENTS)):
             run = saved[kind][slot.name][slot.start : slot.start + slot.count]
             if engine.stage == 0:

@@ -26,15 +26,17 @@ from mambair_ds.models import build_model
 from mambair_ds.runlog import LIVE, Progress, Trackers, describe_environment, log_to_console, log_to_file
 from mambair_ds.training import checkpoint as checkpoints
 from mambair_ds.training import fragments
-from mambair_ds.training.agreement import Agreement
-from mambair_ds.training.checkpoint import Checkpoint, RunState
+from mambair_ds.training.agreement import Agreement, is_about_ranks
+from mambair_ds.training.checkpoint import Checkpoint, RunError, RunState
 from mambair_ds.training.ema import Ema
 from mambair_ds.training.engine import Engine, start_process_group
+from mambair_ds.training.heartbeat import Heartbeat
 from mambair_ds.training.launch import Launch
 from mambair_ds.training.lock import RunLock
 from mambair_ds.training.losses import pixel_loss
 from mambair_ds.training.saving import Saver
 from mambair_ds.training.schedule import learning_rate
+from mambair_ds.training.skipping import SkipWatch
 from mambair_ds.training.stop import Stop
 from mambair_ds.training.validation import ValidationSet, open_sets, validate
 from mambair_ds.weights import load_network, save_network
@@ -57,11 +59,11 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
 
     Raises:
         UserError: before any process group or GPU is touched.
-        SaveError: if a checkpoint cannot be written.
+        RunError: if the run cannot go on: a checkpoint cannot be written, too many steps are not finite, ...
     """
     console = log_to_console(launch.rank)
     console.info("%s: rank %d of %d, started by %s", config.name, launch.rank, launch.world_size, launch.launcher)
-    stream_checksum = check_train_data(config.data.train, config.task, config.network)
+    stream_checksum = check_train_data(config.data.train, config.task, config.network, verify=launch.is_main)
     val_sets = open_sets(config)
     checkpoint = None if fresh else _find_checkpoint(config, resume)
     if checkpoint:
@@ -88,13 +90,30 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
         lock = RunLock(config.folder, config.faults.lock_timeout, lost)
         stop.hold(lock.release)
     try:
-        start_process_group(device)
+        start_process_group(device, config.faults.timeout)
         if launch.is_main:
             _prepare_folder(config, launch, keep=checkpoint is not None)
         dist.barrier()
         if launch.is_main:
             log_to_file(config.folder / "log" / f"train_{config.name}_{_timestamp()}.log")
-        return Trainer(config, launch, device, network, state, val_sets, checkpoint, stop).fit()
+        trainer = Trainer(config, launch, device, network, state, val_sets, checkpoint, stop)
+        heartbeat = Heartbeat(config.faults.timeout, lambda: trainer.state.iteration)
+        try:
+            return trainer.fit()
+        except RuntimeError as error:
+            if launch.world_size == 1 or not is_about_ranks(error):
+                raise
+            logger.error(
+                "Rank %d, iteration %d: the ranks have lost one another: %s (%s). Leaving; start the same command "
+                "again to continue from the newest checkpoint",
+                launch.rank, trainer.state.iteration, heartbeat.diagnosis(), " ".join(str(error).split())[:200],
+            )  # fmt: skip
+            if lock:
+                lock.release()
+            logging.shutdown()
+            os._exit(1)  # what waits for the lost rank, in threads and destructors, would wait on
+        finally:
+            heartbeat.close()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -155,9 +174,16 @@ class Trainer:
             batch_size=data.batch_size,
             position=self.state.position,
             device=device,
+            max_damaged=config.faults.max_damaged,
         )
-        self.agreement = Agreement(timeout=1800)
-        self.saver = Saver(config.folder / "checkpoints", config.checkpoint, launch, timeout=1800)
+        self.agreement = Agreement(config.faults.timeout)
+        retrying = config.checkpoint.retries * config.checkpoint.retry_wait
+        self.saver = Saver(
+            config.folder / "checkpoints", config.checkpoint, launch, timeout=config.faults.timeout + retrying
+        )
+        self.skips = SkipWatch(
+            self.state, config.faults.max_skipped, config.folder / "log", self._samples_of, self._tell_skipped
+        )
         # Guesses for the first of each, in seconds.
         self._longest_step, self._longest_save, self._longest_validation = 1.0, 5.0, 0.0
         self.progress = Progress(config.name, self.state.iteration, train.total_iter, show=launch.is_main)
@@ -179,7 +205,7 @@ class Trainer:
         while state.iteration < total and not stopped:
             began = time.perf_counter()
             stop = self.stop.reason(self._seconds_needed()) is not None
-            self.agreement.start({"stop": stop, "unsaved": self.saver.failed})
+            self.agreement.start({"stop": stop, "unsaved": self.saver.failed, "damaged": self.stream.damaged})
             state.iteration += 1
             logs, last = state.iteration % config.log.print_freq == 0, state.iteration == total
             loss, norm = self._step(want_norm=logs)
@@ -189,6 +215,11 @@ class Trainer:
             counts = self.agreement.finish()
             if counts["unsaved"]:
                 self.saver.wait()
+            if counts["damaged"] > config.faults.max_damaged:
+                raise RunError(
+                    f"iteration {state.iteration}: {counts['damaged']} pictures could not be read (see the warnings); "
+                    f"faults.max_damaged is {config.faults.max_damaged}"
+                )
             stopped = counts["stop"] > 0 and not last
             if state.iteration > first:  # which compiles and allocates
                 self._longest_step = max(self._longest_step, time.perf_counter() - began)
@@ -217,7 +248,7 @@ class Trainer:
     def _step(self, want_norm: bool) -> tuple[Tensor, float | None]:
         """One optimizer step; returns the mean loss of its micro-batches (on the device) and the gradient norm."""
         lr = learning_rate(self.config.train, self.state.iteration)
-        losses, norm = [], None
+        losses, norm, position = [], None, self.stream.position
         for _ in range(self.config.train.accumulation):
             waiting = time.perf_counter()
             batch = self.stream.next()
@@ -229,9 +260,17 @@ class Trainer:
             norm = self.engine.step(loss, lr, want_norm)
             losses.append(loss.detach())
         if self.ema:
-            self.ema.update(self.engine.local_tensors())
+            self.ema.update(self.engine.local_tensors(), self.engine.skipped)
         self.state.position = self.stream.position
+        self.skips.add(self.state.iteration, position, self.engine.skipped)
         return torch.stack(losses).mean(), norm
+
+    def _samples_of(self, position: int) -> list[str]:
+        return self.stream.keys(position, self.config.train.accumulation)
+
+    def _tell_skipped(self, iteration: int) -> None:
+        if self.trackers:
+            self.trackers.event("skipped", iteration, reason="the gradient is not finite")
 
     def _log(self, loss: Tensor, norm: float | None) -> None:
         """Say where the run is; the only place in a step that reads from the device."""
@@ -268,6 +307,7 @@ class Trainer:
                 "time/data": data_seconds,
                 "samples_per_second": samples,
                 "memory_mb": _memory_mb(self.device),
+                "skipped": state.skipped,
             }
             self.trackers.scalars(scalars | ({} if norm is None else {"grad_norm": norm}), state.iteration)
         self._interval_start, self._interval_iteration, self._data_time = now, state.iteration, 0.0
@@ -313,6 +353,7 @@ class Trainer:
     def _save(self) -> None:
         """Begin to write a checkpoint to resume from, and the weights for everything else."""
         began = time.perf_counter()
+        self.skips.finish()
         state, launch = self.state, self.launch
         manifest = {
             "iteration": state.iteration,
