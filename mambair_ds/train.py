@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mambair_ds.config import UserError, apply_debug, load_config
+from mambair_ds.options import positive
 from mambair_ds.training.stop import INTERRUPTED, Stop, parse_duration
 
 _STARTED = time.monotonic()
@@ -45,6 +46,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="TIME",
         help="save and leave with exit code 75 before this much time has passed (MINUTES, HH:MM:SS, D-HH:MM:SS)",
     )
+    check = parser.add_argument_group("check, then stop")
+    check.add_argument(
+        "--check",
+        action="store_true",
+        help="check settings, shards, folders and disk, print the plan, and start nothing",
+    )
+    check.add_argument("--ranks", type=positive, metavar="N", help="plan for so many ranks (those of the launcher)")
+    check.add_argument(
+        "--card-memory", type=float, default=80.0, metavar="GB", help="plan for GPUs of this memory (%(default)s)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     return parser.parse_args(argv)
 
@@ -63,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         place = launch.detect(args.local_rank)
         launch.share_cores(place)
+        if args.check:
+            from mambair_ds.training.plan import GB, describe
+
+            plan = describe(config, args.ranks or place.world_size, args.card_memory * GB)
+            if place.is_main:
+                print(plan)
+            return 0
         # Heavy from here on: torch, DeepSpeed, DALI.
         from mambair_ds.training.checkpoint import RunError
         from mambair_ds.training.trainer import run

@@ -25,20 +25,25 @@ import deepspeed
 import deepspeed.ops
 
 
-def deepspeed_config(train: TrainConfig, batch_size: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, batch_size: int, precision: str, parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run.
 
     Args:
         train: optimization settings.
         batch_size: samples per rank and forward pass.
         precision: fp32, bf16 or pure_bf16 (auto already resolved).
+        parameters: of the network; a bucket for gradients that is larger would only take memory (the default: 2 GB).
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.grad_clip,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": train.zero_stage, "memory_efficient_linear": False},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "memory_efficient_linear": False,
+            "reduce_bucket_size": min(parameters, 500_000_000),
+        },
         "zero_allow_untested_optimizer": True,
     }
     if precision == "bf16":
@@ -77,7 +82,8 @@ class Engine:
     def __init__(self, network: nn.Module, train: TrainConfig, batch_size: int, precision: str) -> None:
         """Wrap `network`; at ZeRO stage 3 its parameters are split over the ranks from here on."""
         self.stage = train.zero_stage
-        self.config = deepspeed_config(train, batch_size, precision)
+        parameters = sum(p.numel() for p in network.parameters())
+        self.config = deepspeed_config(train, batch_size, precision, parameters)
         self.input_dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
         optimizer = build_optimizer(train.optim, network)
         self.deepspeed, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=self.config)
