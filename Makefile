@@ -12,10 +12,10 @@ BIN := $(if $(VENV),$(VENV)/bin/,)
 PY := $(BIN)python$(if $(VENV),,3)
 READY := $(if $(VENV),$(VENV)/.ready,)
 
-.PHONY: help install demo test test-slow lint format bench gpu clean
+.PHONY: help install demo test test-slow slurm-test lint format bench gpu clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml constraints.txt docker/deepspeed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mambair_ds needs Python 3.11 or newer")'
@@ -36,6 +36,9 @@ test: $(READY)  ## the test suite
 
 test-slow: $(READY)  ## the tests that take long
 	$(PY) -m pytest -m slow
+
+slurm-test: $(READY)  ## the recipes in slurm/ on a real Slurm of four nodes on this machine (root; about 6 minutes)
+	$(PY) -m pytest -m cluster tests/cluster
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)ruff check .

@@ -1,4 +1,4 @@
-"""Options of the whole suite: GPU tests skip without a CUDA device, slow ones wait for ``-m slow``."""
+"""Options of the whole suite: GPU tests skip without a CUDA device, others wait for ``-m`` to name them."""
 
 import os
 
@@ -12,12 +12,13 @@ import pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    run_slow = "slow" in (config.getoption("-m") or "")
+    wanted = config.getoption("-m") or ""
     for item in items:
         if "gpu" in item.keywords:
             import torch
 
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "slow" in item.keywords and not run_slow:
-            item.add_marker(pytest.mark.skip(reason="slow; run with `make test-slow`"))
+        for marker, target in (("slow", "test-slow"), ("cluster", "slurm-test")):
+            if item.get_closest_marker(marker) and marker not in wanted:
+                item.add_marker(pytest.mark.skip(reason=f"{marker}; run with `make {target}`"))

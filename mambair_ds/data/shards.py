@@ -24,11 +24,12 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from mambair_ds.config import UserError
 from mambair_ds.data.tiff import encode_tiff
@@ -185,6 +186,24 @@ def write_manifest(
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
+class _Settings(BaseModel):
+    scale: Annotated[int, Field(gt=0)]
+    channels: Literal["rgb", "gray"]
+
+
+class _Samples(BaseModel):
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What opening a folder relies on."""
+
+    settings: _Settings
+    count: Annotated[int, Field(gt=0)]
+    shards: list[ShardRecord]
+    samples: _Samples
+
+
 class Shards:
     """A complete shard folder, opened for reading. Indices run over all samples, in the order they were packed.
 
@@ -225,6 +244,11 @@ class Shards:
             raise UserError(f'{path}: not a shard manifest; expected JSON with "format": "{FORMAT}"') from error
         if found != FORMAT:
             raise UserError(f"{path}: format {found!r}, expected {FORMAT!r}; prepare the shards again")
+        try:
+            _Manifest.model_validate(manifest)
+        except ValidationError as error:
+            wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+            raise UserError(f"{path}: damaged: {wrong} is missing or wrong; prepare the shards again") from error
 
         for shard in manifest["shards"]:
             tar = folder / shard["file"]
@@ -235,7 +259,12 @@ class Shards:
                 raise UserError(f"{tar}: has {size} bytes, expected {shard['size']}; it is cut off or was replaced")
             _check_sha256(tar.with_suffix(".idx"), shard["index_sha256"])
         _check_sha256(folder / SAMPLES, manifest["samples"]["sha256"])
-        return cls(folder, manifest, _sha256(text))
+        opened = cls(folder, manifest, _sha256(text))
+        if not len(opened) == manifest["count"] == sum(shard["count"] for shard in manifest["shards"]):
+            raise UserError(
+                f"{path}: counts {manifest['count']} samples, {SAMPLES} has {len(opened)}; prepare it again"
+            )
+        return opened
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.folder, self.manifest, self.fingerprint)

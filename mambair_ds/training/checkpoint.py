@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from mambair_ds.config import CheckpointConfig, RunConfig, UserError
@@ -103,6 +104,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+class _File(BaseModel):
+    size: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What opening a checkpoint relies on."""
+
+    iteration: int
+    world_size: int
+    batch: int
+    seed: int
+    stream: str
+    config: dict[str, Any]
+    files: dict[str, _File]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint on disk."""
@@ -128,10 +146,16 @@ def read(path: Path, checksums: bool) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no {MANIFEST}; not a checkpoint, or one whose saving was interrupted") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path / MANIFEST}: not valid JSON: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST}: format {manifest.get('format')!r}, expected {FORMAT!r}")
+    found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    if found != FORMAT:
+        raise UserError(f"{path / MANIFEST}: format {found!r}, expected {FORMAT!r}")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise UserError(f"{path / MANIFEST}: damaged: {wrong} is missing or wrong") from error
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
