@@ -12,7 +12,7 @@ BIN := $(if $(VENV),$(VENV)/bin/,)
 PY := $(BIN)python$(if $(VENV),,3)
 READY := $(if $(VENV),$(VENV)/.ready,)
 
-.PHONY: help install demo test test-slow slurm-test lint format bench gpu clean
+.PHONY: help install demo test test-slow slurm-test storm lint format bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test-slow: $(READY)  ## the tests that take long
 
 slurm-test: $(READY)  ## the recipes in slurm/ on a real Slurm of four nodes on this machine (root; about 6 minutes)
 	$(PY) -m pytest -m cluster tests/cluster
+
+storm: $(READY)  ## a run under FAULTS random faults (default: 100, about half an hour)
+	$(PY) tests/storm/storm.py --faults $(or $(FAULTS),100)
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)ruff check .

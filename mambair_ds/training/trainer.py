@@ -381,6 +381,8 @@ class Trainer:
         self.saver.start(content, manifest, best, lambda: save_network(path, weights))
         seconds = time.perf_counter() - began
         self._longest_save = max(self._longest_save, seconds)
+        if self.trackers:
+            self.trackers.scalars({"time/save": seconds}, state.iteration)
         self._interval_start += seconds
 
     def _describe(self, checkpoint: Checkpoint | None) -> None:
