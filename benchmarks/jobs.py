@@ -124,7 +124,7 @@ def attention(shape: Shape, make: Maker, mamba: ModuleType | None) -> Job:
     """
     c, w, shift, heads = shape.dim, shape.window, shape.window // 2, shape.heads
     inputs = {"qkv": make.picture(shape, 3 * c), "table": make.normal((2 * w - 1) ** 2, heads, scale=0.2)}
-    index, mask = published.attention_constants(shape.side, w, shift, like=inputs["qkv"])
+    index, mask = published.attention_constants(shape.side, shape.side, w, shift, like=inputs["qkv"])
 
     def ours(qkv: Tensor, table: Tensor) -> Tensor:
         return window_attention(qkv, table, heads, w, shift)

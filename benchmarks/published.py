@@ -23,14 +23,20 @@ def attend(qkv: Tensor, table: Tensor, index: Tensor, mask: Tensor, window: int,
     return y.reshape(batch, height, width, -1).roll((shift, shift), (1, 2))
 
 
-def attention_constants(side: int, window: int, shift: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def attention_constants(height: int, width: int, window: int, shift: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """The bias table's row for each pair of tokens in a window, and the mask of each window of a rolled picture."""
-    place = torch.arange(side, device=like.device)
-    delta = place[:window, None] - place[:window] + window - 1
+    place = torch.arange(window, device=like.device)
+    delta = place[:, None] - place + window - 1
     index = delta[:, None, :, None] * (2 * window - 1) + delta[None, :, None, :]
-    strip = 1 * (place >= side - window) + 1 * (place >= side - shift)
-    region = cut((3 * strip[:, None] + strip)[None, :, :, None], window)
+    rows, columns = (_strips(side, window, shift, like.device) for side in (height, width))
+    region = cut((3 * rows[:, None] + columns)[None, :, :, None], window)
     return index.flatten(0, 1).flatten(1), torch.where(region == region.mT, 0.0, -100.0).to(like)
+
+
+def _strips(side: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Which of the three parts that rolling brings together a row or column is of."""
+    place = torch.arange(side, device=device)
+    return 1 * (place >= side - window) + 1 * (place >= side - shift)
 
 
 def cut(x: Tensor, window: int) -> Tensor:

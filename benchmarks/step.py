@@ -1,53 +1,75 @@
-"""A whole training step (forward, backward, Adam) of two networks, with the fast scan and with the reference scan.
+"""A whole training step (forward, backward, Adam): ours against the published recipe of baseline.py, in one run.
 
 Every row of the Markdown table is measured in a process of its own, so that its peak memory is its own:
 
-    python benchmarks/step.py [--repeats 7]
+    python benchmarks/step.py [--repeats 7] [--configs x2_light,demo]
 
-Seconds are the median, and in brackets the fastest, of the repeats after one step of warm-up; the reference scan gets
-one repeat. CPU seconds are those of all threads, which other programs on the machine disturb less. Memory is the
-largest resident size of the process, or what the GPU had allocated at most.
+On a CPU all rows have one batch. On a GPU every row has its own best one: batches double until the rate no longer
+grows by 3 % or the memory is full. Seconds are the median, and in brackets the fastest, of the repeats after the
+warm-up; the baseline gets one repeat on a CPU. CPU seconds are those of all threads, which other programs disturb less.
+Memory is the largest resident size of the process, or what the GPU had allocated at most. The floor is the time that
+the step's matrix products and convolutions take at the rate of a large matrix product of that precision.
 """
 
 import argparse
+import functools
 import multiprocessing
 import os
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 # A thread that waits must not hold the core that the one it waits for needs; read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import baseline
 import torch
+from torch import Tensor
 
-from mambair_ds.config import load_config
+from mambair_ds.config import RunConfig, load_config
 from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
+from mambair_ds.training.losses import pixel_loss
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-CASES = {"x2_light": (2, 64), "demo": (8, 32)}  # config: batch, side of the square LQ patches
+CPU_CASES = {"x2_light": (2, 64), "demo": (8, 32)}  # config: batch, side of the square LQ patches
+GPU_CASES = {"x2": 64, "x2_light": 64, "denoise_50": 128}  # config: side
+WAYS = {"cpu": ("baseline", "fp32"), "cuda": ("baseline", "fp32", "bf16", "bf16 compiled")}
 
 
-def measure(config: str, backend: str | None, repeats: int) -> tuple[list[float], list[float], float]:
-    """Wall and CPU seconds of every repeat, and the peak memory in MiB."""
+@dataclass(frozen=True)
+class Result:
+    """What one process measured."""
+
+    batch: int
+    wall: list[float]
+    cpu: list[float]
+    peak_mib: float
+
+    @property
+    def rate(self) -> float:
+        """Samples a second."""
+        return self.batch / statistics.median(self.wall)
+
+
+def measure(config: str, way: str, batch: int, side: int, repeats: int) -> Result:
+    """Time steps of one way at one batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch, side = CASES[config]
-    network = load_config(CONFIGS / f"{config}.yml").network
+    run = load_config(CONFIGS / f"{config}.yml")
     torch.manual_seed(0)
-    model = build_model(network, scan_backend=backend).to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-4)
-    lq = torch.rand(batch, network.in_chans, side, side, device=device)
-    gt = torch.rand(batch, network.in_chans, side * network.upscale, side * network.upscale, device=device)
+    take = _ours(run, way, device) if way != "baseline" else _theirs(run, device)
+    scale, channels = run.network.upscale, run.network.in_chans
+    lq = torch.rand(batch, channels, side, side, device=device)
+    gt = torch.rand(batch, channels, side * scale, side * scale, device=device)
     wall, cpu = [], []
-    for step in range(repeats + 1):
+    warm_up = 1 if device.type == "cpu" else 3
+    for step in range(repeats + warm_up):
         began, began_cpu = time.perf_counter(), time.process_time()
-        optimizer.zero_grad(set_to_none=True)
-        noise = NoiseKey(0, torch.arange(step * batch, (step + 1) * batch))
-        (model(lq, noise) - gt).abs().mean().backward()
-        optimizer.step()
+        take(lq, gt, step)
         if device.type == "cuda":
             torch.cuda.synchronize()
         wall.append(time.perf_counter() - began)
@@ -56,26 +78,115 @@ def measure(config: str, backend: str | None, repeats: int) -> tuple[list[float]
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return wall[1:], cpu[1:], peak
+    return Result(batch, wall[warm_up:], cpu[warm_up:], peak)
+
+
+def _theirs(run: RunConfig, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
+    step = baseline.Step(run.network, run.train.optim, run.train.pixel_loss, device)
+    return lambda lq, gt, _: step(lq, gt)
+
+
+def _ours(run: RunConfig, way: str, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
+    model = build_model(run.network).to(device).train()
+    forward = torch.compile(model) if "compiled" in way else model
+    optimizer = torch.optim.Adam(model.parameters(), run.train.optim.lr, fused=True)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=way.startswith("bf16"))
+
+    def take(lq: Tensor, gt: Tensor, step: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        positions = torch.arange(step * len(lq), (step + 1) * len(lq), device=device)
+        with mixed:
+            output = forward(lq, NoiseKey(0, positions))
+        pixel_loss(run.train.pixel_loss, output, gt).backward()
+        optimizer.step()
+
+    return take
+
+
+def best_batch(config: str, way: str, side: int, repeats: int) -> Result | None:
+    """The fastest of the batches 2, 4, 8, …; None if two do not fit."""
+    best: Result | None = None
+    for power in range(1, 9):
+        try:
+            result = _in_process(measure, config, way, 2**power, side, repeats)
+        except torch.OutOfMemoryError:
+            return best
+        if best and result.rate < 1.03 * best.rate:
+            return best if result.rate < best.rate else result
+        best = result
+    return best
+
+
+def _in_process(run: Callable[..., Result], *arguments: object) -> Result:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    times = []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return float(2 * side**3 / min(times))
 
 
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--repeats", type=int, default=7, help="steps timed with the fast scan")
+    parser.add_argument("--repeats", type=int, default=7, help="steps timed of each")
+    parser.add_argument("--configs", help="some of the table's networks, separated by commas")
     arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    cases = list(GPU_CASES if on_gpu else CPU_CASES)
+    asked = arguments.configs.split(",") if arguments.configs else cases
+    if unknown := set(asked) - set(cases):
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
 
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}, float32\n")
-    print("| network | batch of LQ patches | scan | s a step | CPU s a step | peak MiB |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    context = multiprocessing.get_context("spawn")
-    for config, (batch, side) in CASES.items():
-        for backend, repeats in (("reference", 1), (None, arguments.repeats)):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                wall, cpu, peak = pool.submit(measure, config, backend, repeats).result()
-            seconds = f"{statistics.median(wall):.3f} ({min(wall):.3f})"
-            cells = (config, f"{batch} × {side}×{side}", backend or "fast", seconds, f"{min(cpu):.3f}", f"{peak:.0f}")
+    where = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}, load {os.getloadavg()[0]:.1f}")
+    print(f"The baseline's scan: {baseline.scan_name(device)}\n")
+    print(
+        "| network | LQ | step | batch | s a step | CPU s | samples/s | times baseline | MiB | MiB a sample | × floor |"
+    )
+    print("| --- " * 11 + "|")
+    for config in asked:
+        network = load_config(CONFIGS / f"{config}.yml").network
+        side = GPU_CASES[config] if on_gpu else CPU_CASES[config][1]
+        reference: Result | None = None
+        for way in WAYS[device.type]:
+            if on_gpu:
+                result = best_batch(config, way, side, arguments.repeats)
+            else:
+                repeats = 1 if way == "baseline" else arguments.repeats
+                result = _in_process(measure, config, way, CPU_CASES[config][0], side, repeats)
+            if result is None:
+                print(f"| {config} | {side}×{side} | {way} | two samples do not fit |{' - |' * 7}", flush=True)
+                continue
+            reference = result if way == "baseline" else reference
+            dtype = torch.bfloat16 if "bf16" in way else torch.float32
+            floor = baseline.step_flops(network, result.batch, side) / product_rate(dtype)
+            cells = (
+                config,
+                f"{side}×{side}",
+                way,
+                str(result.batch),
+                f"{statistics.median(result.wall):.3f} ({min(result.wall):.3f})",
+                f"{min(result.cpu):.3f}",
+                f"{result.rate:.4g}",
+                f"{result.rate / reference.rate:.3g}" if reference else "-",
+                f"{result.peak_mib:.0f}",
+                f"{result.peak_mib / result.batch:.0f}",
+                f"{min(result.wall) / floor:.2f}",
+            )
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -296,8 +296,8 @@ def describe(storm: Storm, total: int, seconds: float, stalls: list[float]) -> s
         "Every loss of the run equals, bit for bit, that of a run which nothing happened to, so every iteration saw\n"
         "the samples that it sees there: none lost, none twice. No process was left behind.\n\n"
         f"| fault | times | survived |\n| --- | --- | --- |\n{rows}| all | {every} | {every} |\n\n"
-        f"From the restart to the first new step: median {statistics.median(first):.1f} s, at most {max(first):.1f} s,\n"
-        "most of it imports. A save stalls training for the copy to host memory: median "
+        f"From the restart to the first new step: median {statistics.median(first):.1f} s, "
+        f"at most {max(first):.1f} s,\nmost of it imports. A save stalls training for the copy to host memory: median "
         f"{1000 * statistics.median(stalls):.1f} ms,\nat most {1000 * max(stalls):.1f} ms.\n"
     )
 
