@@ -70,8 +70,9 @@ class NetworkConfig(_Schema):
     """Reconstruction head; "" adds the output to the input (upscale 1)."""
     resi_connection: Literal["1conv", "3conv"] = "1conv"
     """Convolution at the end of a stage: one 3x3, or a bottleneck of three."""
-    use_checkpoint: bool = False
-    """Recompute every attentive layer in the backward pass instead of storing its activations."""
+    use_checkpoint: bool | Literal["selective"] = False
+    """Recompute every attentive layer in the backward pass instead of storing its activations; selective keeps the
+    results of scan and attention, the layer's slow parts."""
 
     @model_validator(mode="after")
     def _consistent(self) -> NetworkConfig:

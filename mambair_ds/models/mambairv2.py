@@ -6,11 +6,12 @@ Parameter names, shapes and their order are the published ones, so that publishe
 
 import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mambair_ds.config import NetworkConfig
 from mambair_ds.kernels.philox import NoiseKey
@@ -123,7 +124,9 @@ class Stage(nn.Module):
         scan_backend: str | None,
     ) -> None:
         super().__init__()
-        self.use_checkpoint = config.use_checkpoint
+        self.use_checkpoint = bool(config.use_checkpoint)
+        selective = config.use_checkpoint == "selective"
+        self.contexts = partial(create_selective_checkpoint_contexts, _keep_slow) if selective else noop_context_fn
         layers = nn.ModuleList(
             AttentiveLayer(config, config.num_heads[stage], bool(j % 2), first_index + j, feed_forward, scan_backend)
             for j in range(depth)
@@ -136,10 +139,18 @@ class Stage(nn.Module):
         for layer in self.residual_group["layers"].children():
             if self.use_checkpoint and torch.is_grad_enabled():
                 # Keyed noise is drawn again by its key; only the published draw needs the generator's state.
-                x = checkpoint(layer, x, noise, use_reentrant=False, preserve_rng_state=noise is None)
+                x = checkpoint(
+                    layer, x, noise, use_reentrant=False, preserve_rng_state=noise is None, context_fn=self.contexts
+                )
             else:
                 x = layer(x, noise)
         return convolve(self.conv, x) + shortcut
+
+
+def _keep_slow(_context: object, operator: torch._ops.OpOverload, *_: object, **__: object) -> CheckpointPolicy:
+    """Keep what scan and attention give; everything else is quickly computed again."""
+    slow = operator.name().startswith(("mambair_ds::selective_scan", "mambair_ds::window_attention"))
+    return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class AttentiveLayer(nn.Module):

@@ -60,7 +60,11 @@ def predict(config: RunConfig, parameters: int, ranks: int, *, precision: str) -
     ).__ceil__() ** 2 * network.window_size**2
     layers = sum(network.depths)
     layer = kept_per_token(network, narrow, wide)
-    kept = layers * network.embed_dim * wide + layer if network.use_checkpoint else layers * layer
+    kept = layers * layer
+    if network.use_checkpoint:
+        kept = layers * network.embed_dim * wide + layer
+        if network.use_checkpoint == "selective":
+            kept += layers * slow_per_token(network, narrow)
     # The backward pass of a layer holds, beside what is kept, gradients about as large as what the layer kept.
     return Memory(each * parameters, tokens * (kept + layer + head_per_token(network, narrow, wide)))
 
@@ -88,6 +92,12 @@ def kept_per_token(network: NetworkConfig, narrow: int, wide: int) -> float:
     exact = 4 * heads + 6 * 8 + 4 * hidden * states / _CHUNK
     indices = 2 * 8
     return stream * wide + numbers * narrow + exact + indices
+
+
+def slow_per_token(network: NetworkConfig, narrow: int) -> float:
+    """Bytes that the results of a layer's scan and attention take for one token."""
+    dim, hidden = network.embed_dim, int(network.embed_dim * network.mlp_ratio)
+    return (dim + hidden) * narrow + 4 * network.num_heads[0] + 4 * hidden * network.d_state / _CHUNK
 
 
 def head_per_token(network: NetworkConfig, narrow: int, wide: int) -> float:

@@ -70,7 +70,9 @@ def test_stages_and_checkpointing_take_less() -> None:
 
     fixed = [memory(f"train.zero_stage={stage}").fixed for stage in (1, 2, 3)]
     assert fixed == sorted(fixed, reverse=True)
-    assert memory("network.use_checkpoint=true").sample < 0.15 * memory().sample
+    samples = [memory(f"network.use_checkpoint={how}").sample for how in ("false", "selective", "true")]
+    assert samples[0] > 2 * samples[1] > 2 * samples[2]
+    assert samples[2] < 0.15 * samples[0]
     assert memory("data.train.batch_size=8").peak(8) > memory().peak(4)
     plain = memory()
     assert plain.peak(plain.largest_batch(80 * GB)) <= 80 * GB < plain.peak(plain.largest_batch(80 * GB) + 1)

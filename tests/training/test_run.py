@@ -255,3 +255,20 @@ def test_wandb_offline_continues_its_run(workplace: Workplace) -> None:
     ]
     assert len(runs) == 2
     assert len(set(runs)) == 1
+
+
+def test_a_billion_parameters_start_at_reduced_depth(workplace: Workplace) -> None:
+    config = Path(__file__).parents[2] / "configs/x2_giant.yml"
+    shards = workplace.config.read_text().split("shards: [")[1].split("]")[0]
+    workplace.config = config
+    small = ["network.depths=[1]", "network.num_heads=[33]", "data.train.gt_size=32", "data.train.batch_size=1"]
+    small += [
+        f"data.train.shards=[{shards}]",
+        "data.val.sets={}",
+        "train.total_iter=2",
+        "log.print_freq=1",
+        "name=tiny",
+    ]
+    done = workplace.train(*small, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert workplace.scalars().keys() == {1, 2}
