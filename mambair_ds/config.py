@@ -95,6 +95,78 @@ class NetworkConfig(_Schema):
         return self
 
 
+Range = tuple[float, float]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class DegradationStage(_Schema):
+    """One round of blur, resize, noise and JPEG, with the option names of Real-ESRGAN."""
+
+    blur_prob: Probability = 1.0
+    """How often there is a blur."""
+    sinc_prob: Probability = 0.1
+    """How often it is a sinc filter."""
+    kernel_prob: tuple[Probability, Probability, Probability, Probability, Probability, Probability] = (
+        0.45, 0.25, 0.12, 0.03, 0.12, 0.03,
+    )  # fmt: skip
+    """Else: shares of round and elliptic Gaussian, generalized Gaussian, and plateau kernels."""
+    blur_sigma: Range = (0.2, 3.0)
+    """Standard deviation of the kernels, in pixels."""
+    betag_range: Range = (0.5, 4.0)
+    """Exponent of generalized Gaussian kernels."""
+    betap_range: Range = (1.0, 2.0)
+    """Exponent of plateau kernels."""
+    resize_prob: tuple[Probability, Probability, Probability] = (0.2, 0.7, 0.1)
+    """Shares of enlarging, reducing and neither."""
+    resize_range: Range = (0.15, 1.5)
+    """Smallest and largest factor."""
+    gaussian_noise_prob: Probability = 0.5
+    """Share of Gaussian noise; the rest is Poisson noise."""
+    noise_range: Range = (1.0, 30.0)
+    """Standard deviation of Gaussian noise, in grey levels of 255."""
+    poisson_scale_range: Range = (0.05, 3.0)
+    """Factor on Poisson noise."""
+    gray_noise_prob: Probability = 0.4
+    """How often all channels get the same noise."""
+    jpeg_range: Range = (30.0, 95.0)
+    """JPEG quality."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DegradationStage:
+        for key in ("kernel_prob", "resize_prob"):
+            if abs(sum(getattr(self, key)) - 1) > 1e-6:
+                raise ValueError(f"{key} sums to {sum(getattr(self, key)):g}, not to 1")
+        for key in (
+            "blur_sigma",
+            "betag_range",
+            "betap_range",
+            "resize_range",
+            "noise_range",
+            "poisson_scale_range",
+            "jpeg_range",
+        ):
+            low, high = getattr(self, key)
+            if not 0 <= low <= high:
+                raise ValueError(f"{key} {low:g} to {high:g} is no range")
+        return self
+
+
+class DegradationConfig(_Schema):
+    """How LQ is made from GT while training, in place of the shards' LQ."""
+
+    type: Literal["bicubic", "second_order"]
+    """bicubic: MATLAB's rule, of the crop; second_order: the chain of Real-ESRGAN for pictures of the real world."""
+    first: DegradationStage = DegradationStage()
+    """second_order: the first round."""
+    second: DegradationStage = DegradationStage(
+        blur_prob=0.8, blur_sigma=(0.2, 1.5), resize_prob=(0.3, 0.4, 0.3), resize_range=(0.3, 1.2),
+        noise_range=(1.0, 25.0), poisson_scale_range=(0.05, 2.5),
+    )  # fmt: skip
+    """second_order: the second round."""
+    final_sinc_prob: Probability = 0.8
+    """second_order: how often a sinc filter goes with the last resize."""
+
+
 class TaskConfig(_Schema):
     """What the network learns to undo."""
 
@@ -104,6 +176,8 @@ class TaskConfig(_Schema):
     """denoise: standard deviation of the Gaussian noise, in grey levels of 255."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     """jpeg: compression quality."""
+    degradation: DegradationConfig | None = None
+    """sr: make LQ from GT while training; absent: take the shards' LQ."""
 
     @model_validator(mode="after")
     def _parameters(self) -> TaskConfig:
@@ -111,6 +185,8 @@ class TaskConfig(_Schema):
             given = getattr(self, key) is not None
             if given != (self.kind == kind):
                 raise ValueError(f"{key} {'belongs to' if given else 'is missing for'} kind {kind}")
+        if self.degradation and self.kind != "sr":
+            raise ValueError("degradation belongs to kind sr")
         return self
 
 
@@ -255,6 +331,24 @@ class LossConfig(_Schema):
     """CharbonnierLoss: the constant under the root (the published code adds eps itself, not its square)."""
 
 
+class PerceptualConfig(_Schema):
+    """L1 distance of VGG19's features (Johnson et al. 2016; layers and normalization as in BasicSR)."""
+
+    weights: Path
+    """torchvision's file of VGG19's weights (vgg19-dcbb9e9d.pth)."""
+    layer_weights: dict[Annotated[str, Field(pattern=r"^conv[1-5]_[1-4]$")], PositiveFloat] = {"conv5_4": 1.0}
+    """Factor of every layer that counts, before its activation."""
+    loss_weight: PositiveFloat = 1.0
+    """Factor on the loss."""
+
+
+class FftConfig(_Schema):
+    """L1 distance of the Fourier transforms, real and imaginary parts apart."""
+
+    loss_weight: PositiveFloat
+    """Factor on the loss."""
+
+
 class PretrainConfig(_Schema):
     """Weights to start from (ignored when a checkpoint of this run is resumed)."""
 
@@ -279,6 +373,10 @@ class TrainConfig(_Schema):
     """Iterations of linear warm-up; 0 for none."""
     pixel_loss: LossConfig
     """Loss between output and GT."""
+    perceptual_loss: PerceptualConfig | None = None
+    """Loss between the features of output and GT, added."""
+    fft_loss: FftConfig | None = None
+    """Loss between the spectra of output and GT, added."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the running mean of the weights; 0 keeps none."""
     accumulation: PositiveInt = 1
@@ -417,6 +515,12 @@ class RunConfig(_Schema):
                 raise UserError(f"{key}: no folder {path}")
         if self.train.pretrain and not self.train.pretrain.path.is_file():
             raise UserError(f"train.pretrain.path: no file {self.train.pretrain.path}")
+        perceptual = self.train.perceptual_loss
+        if perceptual and not perceptual.weights.is_file():
+            raise UserError(
+                f"train.perceptual_loss.weights: no file {perceptual.weights}; it is torchvision's VGG19, "
+                "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+            )
 
 
 class EvaluationDataConfig(_Schema):

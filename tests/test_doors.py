@@ -197,7 +197,7 @@ def test_a_checkpoint_of_random_content_is_refused(tmp_path: Path, data: st.Data
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights.pt").write_bytes(b"weights")
     record = {"size": 7, "sha256": "0" * 64}
-    whole = {"format": "mambair_ds.checkpoint/2", "iteration": 1, "world_size": 1, "batch": 1, "seed": 0, "stream": ""}
+    whole = {"format": "mambair_ds.checkpoint/3", "iteration": 1, "world_size": 1, "batch": 1, "seed": 0, "stream": ""}
     whole |= {"config": {}, "files": {"weights.pt": record}}
     manifest = data.draw(st.just(whole) | values)
     if isinstance(manifest, dict):

@@ -28,7 +28,9 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from mambair_ds.config import NetworkConfig, TaskConfig, TrainDataConfig, UserError
+from mambair_ds.data.degradations import resize_uint8
 from mambair_ds.data.order import Order, Samples, anchor
+from mambair_ds.data.real_world import degrade, sample_generator
 from mambair_ds.data.shards import Shards, Which
 from mambair_ds.kernels.philox import DEGRADATION_STREAM, NoiseKey, normal
 
@@ -81,6 +83,7 @@ class TrainStream:
         batch_size: int,
         position: int = 0,
         device: torch.device | str,
+        scale: int | None = None,
         max_damaged: int = 0,
     ) -> None:
         """Open the shards and start reading ahead.
@@ -100,11 +103,15 @@ class TrainStream:
         self._folders = _open(data, task)
         self.channels = self._folders[0].channels
         """Channels of all pictures: 3 or 1."""
-        self.scale = self._folders[0].scale if task.kind == "sr" else 1
+        self.scale = (scale or self._folders[0].scale) if task.kind == "sr" else 1
         """GT size over LQ size."""
         self._members: tuple[Which, ...] = ("gt", "lq") if task.kind == "sr" else ("gt",)
-        self._shapes = [shards.shapes(self._members[-1]) for shards in self._folders]
-        self._compressed = any(s.encoding(0, member) != "raw" for s in self._folders for member in self._members)
+        # Of which pictures are read; LQ that is made from GT needs GT's pixels here.
+        self._stored: tuple[Which, ...] = ("gt",) if task.degradation else self._members
+        self._shapes = [shards.shapes(self._stored[-1]) for shards in self._folders]
+        self._compressed = task.degradation is None and any(
+            s.encoding(0, member) != "raw" for s in self._folders for member in self._stored
+        )
         self._order = Order([len(s) for s in self._folders], [f.weight for f in data.shards], seed)
 
         self.position = position
@@ -275,6 +282,8 @@ class TrainStream:
         sides = np.stack([self._shapes[f][p] for f, p in zip(samples.folder, samples.picture, strict=True)]).astype(
             np.int64
         )
+        if self._task.degradation:
+            sides = sides // scale  # crops lie on LQ's grid
         start = anchor(np.stack([samples.row, samples.column], axis=1), sides - size // scale + 1)
         flips = samples.hflip & self._data.use_hflip, samples.vflip & self._data.use_rot
         inputs: list[Any] = [f.astype(np.int32) for f in flips] + [samples.transpose & self._data.use_rot]
@@ -283,9 +292,20 @@ class TrainStream:
             return *inputs, *self._member(samples, "gt", region, end - region), (start - region).astype(np.int32)
         shape = np.full_like(start, size)
         inputs += self._member(samples, "gt", start * scale, shape)
-        if "lq" in self._members:
+        if self._task.degradation:
+            inputs.append(self._degraded(inputs[-1], samples.position))
+        elif "lq" in self._members:
             inputs += self._member(samples, "lq", start, shape // scale)
         return tuple(inputs)
+
+    def _degraded(self, crops: list[np.ndarray], positions: np.ndarray) -> list[np.ndarray]:
+        """LQ (h, w, C) of every GT crop, made from it alone."""
+        config = self._task.degradation
+        assert config is not None
+        if config.type == "bicubic":
+            return [resize_uint8(crop, 1 / self.scale) for crop in crops]
+        generators = (sample_generator(self._seed, int(position)) for position in positions)
+        return [degrade(crop, self.scale, config, one) for crop, one in zip(crops, generators, strict=True)]
 
     def _member(self, samples: Samples, which: Which, start: np.ndarray, shape: np.ndarray) -> list[Any]:
         """One picture of every sample: pixels of the regions, or compressed files and the regions in them."""
@@ -317,7 +337,7 @@ class TrainStream:
             failed = {}
             for folder, picture in zip(samples.folder.tolist(), samples.picture.tolist(), strict=True):
                 shards = self._folders[folder]
-                for which in self._members:
+                for which in self._stored:
                     try:
                         _decoder(np.frombuffer(shards.bytes(picture, which), np.uint8)).run()
                     except RuntimeError:
@@ -358,12 +378,12 @@ def check_train_data(data: TrainDataConfig, task: TaskConfig, network: NetworkCo
         raise UserError(
             f"{first.folder}: pictures of {first.channels} channels, network.in_chans is {network.in_chans}"
         )
-    if task.kind == "sr" and first.scale != network.upscale:
+    if task.kind == "sr" and not task.degradation and first.scale != network.upscale:
         raise UserError(f"{first.folder}: prepared with scale {first.scale}, network.upscale is {network.upscale}")
     parts = {
         "shards": [[s.fingerprint, f.weight] for s, f in zip(folders, data.shards, strict=True)],
         "crop": [data.gt_size, data.use_hflip, data.use_rot],
-        "task": task.model_dump(),
+        "task": task.model_dump(exclude_none=True),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -378,11 +398,12 @@ def _open(data: TrainDataConfig, task: TaskConfig) -> list[Shards]:
                 f"{shards.folder}: pictures of {shards.channels} channels, but of {first.channels} in {first.folder}; "
                 "expected the same in all of data.train.shards"
             )
-        if task.kind == "sr" and not shards.has_lq:
+        if task.kind == "sr" and not task.degradation and not shards.has_lq:
             raise UserError(
-                f"{shards.folder}: has samples without LQ, which task.kind sr needs; prepare it with a scale"
+                f"{shards.folder}: has samples without LQ, which task.kind sr needs; prepare it with a scale, or make "
+                "LQ while training (task.degradation)"
             )
-        if task.kind == "sr" and shards.scale != first.scale:
+        if task.kind == "sr" and not task.degradation and shards.scale != first.scale:
             raise UserError(
                 f"{shards.folder}: prepared with scale {shards.scale}, but {first.folder} with {first.scale}; "
                 "expected the same in all of data.train.shards"
@@ -395,7 +416,7 @@ def _open(data: TrainDataConfig, task: TaskConfig) -> list[Shards]:
                 f"{shards.folder}: data.train.gt_size is {data.gt_size}, but {(sides < data.gt_size).sum()} of "
                 f"{len(shards)} pictures are smaller, the smallest being {shards.key(smallest)} of {width}x{height}"
             )
-    if task.kind == "sr" and data.gt_size % first.scale:
+    if task.kind == "sr" and not task.degradation and data.gt_size % first.scale:
         raise UserError(
             f"data.train.gt_size: {data.gt_size} is no multiple of {first.scale}, the scale of {first.folder}"
         )

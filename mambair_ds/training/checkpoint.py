@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mambair_ds.training.fragments import join
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = "mambair_ds.checkpoint/2"
+FORMAT = "mambair_ds.checkpoint/3"
 
 # What a continued run may change without becoming another run.
 FREE_KEYS = (
@@ -119,6 +120,7 @@ class _Manifest(BaseModel):
     stream: str
     config: dict[str, Any]
     files: dict[str, _File]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def read(path: Path, checksums: bool) -> Checkpoint:
     except ValidationError as error:
         wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise UserError(f"{path / MANIFEST}: damaged: {wrong} is missing or wrong") from error
+    if manifest["sha256"] != _own_sha256(manifest):
+        raise UserError(f"{path / MANIFEST}: damaged: it does not match the SHA-256 in it")
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -285,8 +289,9 @@ def describe(file: Path) -> dict[str, Any]:
 
 def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Add the manifest and give the folder its name. What had the name before is moved aside, not deleted."""
+    content = {"format": FORMAT, **manifest}
     with (partial / MANIFEST).open("w") as stream:
-        json.dump({"format": FORMAT, **manifest}, stream, indent=1)
+        json.dump(content | {"sha256": _own_sha256(content)}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     if final.exists():  # damaged and passed over, or of a run that was set back
@@ -313,6 +318,12 @@ def drop(folder: Path, config: CheckpointConfig, best: set[int]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    """Checksum of a manifest, of which its own checksum is no part."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

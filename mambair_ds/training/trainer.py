@@ -33,7 +33,7 @@ from mambair_ds.training.engine import Engine, start_process_group
 from mambair_ds.training.heartbeat import Heartbeat
 from mambair_ds.training.launch import Launch
 from mambair_ds.training.lock import RunLock
-from mambair_ds.training.losses import pixel_loss
+from mambair_ds.training.losses import Losses
 from mambair_ds.training.saving import Saver
 from mambair_ds.training.schedule import learning_rate
 from mambair_ds.training.skipping import SkipWatch
@@ -174,8 +174,10 @@ class Trainer:
             batch_size=data.batch_size,
             position=self.state.position,
             device=device,
+            scale=config.network.upscale,
             max_damaged=config.faults.max_damaged,
         )
+        self.losses = Losses(train, device)
         self.agreement = Agreement(config.faults.timeout)
         retrying = config.checkpoint.retries * config.checkpoint.retry_wait
         self.saver = Saver(
@@ -208,10 +210,10 @@ class Trainer:
             self.agreement.start({"stop": stop, "unsaved": self.saver.failed, "damaged": self.stream.damaged})
             state.iteration += 1
             logs, last = state.iteration % config.log.print_freq == 0, state.iteration == total
-            loss, norm = self._step(want_norm=logs)
+            losses, norm = self._step(want_norm=logs)
             self.progress.step()
             if logs:
-                self._log(loss, norm)
+                self._log(losses, norm)
             counts = self.agreement.finish()
             if counts["unsaved"]:
                 self.saver.wait()
@@ -246,7 +248,7 @@ class Trainer:
         return 2 * (self._longest_step + self._longest_save + (self._longest_validation if validates else 0.0))
 
     def _step(self, want_norm: bool) -> tuple[Tensor, float | None]:
-        """One optimizer step; returns the mean loss of its micro-batches (on the device) and the gradient norm."""
+        """One optimizer step; the losses, means of its micro-batches (on the device), and the gradient norm."""
         lr = learning_rate(self.config.train, self.state.iteration)
         losses, norm, position = [], None, self.stream.position
         for _ in range(self.config.train.accumulation):
@@ -256,14 +258,14 @@ class Trainer:
             lq, gt = batch.to_float()
             positions = batch.positions.to(self.device, non_blocking=True)  # once, not in every layer
             noise = NoiseKey(self.state.seed, positions) if self.config.train.gumbel == "counter" else None
-            loss = pixel_loss(self.config.train.pixel_loss, self.engine(lq, noise=noise), gt)
-            norm = self.engine.step(loss, lr, want_norm)
-            losses.append(loss.detach())
+            parts = self.losses(self.engine(lq, noise=noise), gt)
+            norm = self.engine.step(parts.sum(), lr, want_norm)
+            losses.append(parts.detach())
         if self.ema:
             self.ema.update(self.engine.local_tensors(), self.engine.skipped)
         self.state.position = self.stream.position
         self.skips.add(self.state.iteration, position, self.engine.skipped)
-        return torch.stack(losses).mean(), norm
+        return torch.stack(losses).mean(0), norm
 
     def _samples_of(self, position: int) -> list[str]:
         return self.stream.keys(position, self.config.train.accumulation)
@@ -272,10 +274,11 @@ class Trainer:
         if self.trackers:
             self.trackers.event("skipped", iteration, reason="the gradient is not finite")
 
-    def _log(self, loss: Tensor, norm: float | None) -> None:
+    def _log(self, losses: Tensor, norm: float | None) -> None:
         """Say where the run is; the only place in a step that reads from the device."""
-        dist.all_reduce(loss)
-        value = float(loss) / self.launch.world_size
+        dist.all_reduce(losses)
+        values = dict(zip(self.losses.names, (losses / self.launch.world_size).tolist(), strict=True))
+        said = " ".join(f"{name}: {value:.6e}" for name, value in values.items())
         now, state, train = time.perf_counter(), self.state, self.config.train
         steps = state.iteration - self._interval_iteration
         seconds, data_seconds = (now - self._interval_start) / steps, self._data_time / steps
@@ -284,7 +287,7 @@ class Trainer:
         if self.trackers:
             eta = datetime.timedelta(seconds=round((train.total_iter - state.iteration) * seconds))
             logger.info(
-                "[%s][epoch:%3d, iter:%8s, lr:(%.3e,)] [eta: %s, time (data): %.3f (%.3f)] l_pix: %.6e "
+                "[%s][epoch:%3d, iter:%8s, lr:(%.3e,)] [eta: %s, time (data): %.3f (%.3f)] %s "
                 "[%.1f samples/s, grad norm: %s, memory: %.0f MB]",
                 self.config.name[:12],
                 self.stream.epoch,
@@ -293,15 +296,15 @@ class Trainer:
                 eta,
                 seconds,
                 data_seconds,
-                value,
+                said,
                 samples,
                 "-" if norm is None else f"{norm:.4f}",
                 _memory_mb(self.device),
                 extra=LIVE,
             )
-            self.progress.say(f"loss {value:.3e}, {samples:.1f} samples/s")
+            self.progress.say(f"loss {sum(values.values()):.3e}, {samples:.1f} samples/s")
             scalars = {
-                "losses/l_pix": value,
+                **{f"losses/{name}": value for name, value in values.items()},
                 "lr": lr,
                 "time/iteration": seconds,
                 "time/data": data_seconds,
