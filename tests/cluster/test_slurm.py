@@ -155,8 +155,8 @@ def test_a_mistake_is_found_before_ranks_start_and_not_repeated(cluster: Cluster
 def test_an_array_task_takes_its_configuration(cluster: Cluster, tmp_path: Path) -> None:
     place = Place(tmp_path / "place", cluster)
     job = cluster.submit(
-        "--array=3", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "slurm/array.sh", "tiny.yml",
-        cwd=place.folder, env={},
+        "--array=3", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30", "slurm/array.sh",
+        "tiny.yml", cwd=place.folder, env={},
     )  # fmt: skip
     assert place.ends(job) == "FAILED"
     assert "Array task 3 has no configuration: 1 given" in place.said()
