@@ -206,7 +206,12 @@ def _shard_folder(value: Any) -> Any:
 class TrainDataConfig(_Schema):
     """Training pictures: shards read by DALI."""
 
-    shards: Annotated[list[Annotated[ShardFolderConfig, BeforeValidator(_shard_folder)]], Field(min_length=1)]
+    shards: Annotated[
+        list[
+            Annotated[ShardFolderConfig, BeforeValidator(_shard_folder, json_schema_input_type=str | ShardFolderConfig)]
+        ],
+        Field(min_length=1),
+    ]
     """Shard folders, each a path or {path, weight}."""
     gt_size: PositiveInt
     """Side of the square GT crop in pixels; a multiple of the scale."""
