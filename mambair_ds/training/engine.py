@@ -63,8 +63,11 @@ def start_process_group(device: torch.device, timeout: float) -> None:
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory collective here, which takes minutes and a compiler.
         deepspeed.ops.__compatible_ops__ = {}
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(seconds=timeout), verbose=False)
+    backend, patience = "nccl" if device.type == "cuda" else "gloo", datetime.timedelta(seconds=timeout)
+    # DeepSpeed makes groups of its own and gives them torch's default, half an hour with gloo.
+    dist.distributed_c10d.default_pg_timeout = patience
+    dist.distributed_c10d.default_pg_nccl_timeout = patience
+    deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ one that hangs goes on beating at the same iteration.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -40,11 +41,21 @@ class Heartbeat:
 
     def diagnosis(self) -> str:
         """Which ranks are silent or behind, in words; looks for two beats."""
-        before = self._read()
-        time.sleep(2 * self._period)
-        after = self._read()
-        if before is None or after is None:
-            return "rank 0, which keeps the signs of life, is gone"
+        found: list[list[tuple[int, int]]] = []
+
+        def look() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                for _ in range(2):
+                    found.append(self._read())
+                    time.sleep(2 * self._period)
+
+        # In a thread: a store whose process is stopped does not even refuse to answer.
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(6 * self._period)
+        if len(found) < 2:
+            return "rank 0, or the launcher that keeps the signs of life, is gone or does not answer"
+        before, after = found
         furthest = max(iteration for _, iteration in after)
         silent = [r for r in range(self._world_size) if after[r][0] == before[r][0] and r != self._rank]
         behind = [r for r in range(self._world_size) if after[r][1] < furthest and r not in silent]
@@ -63,10 +74,7 @@ class Heartbeat:
         self._beats += 1
         self._store.set(f"heartbeat/{self._rank}", f"{self._beats} {self._iteration()}")
 
-    def _read(self) -> list[tuple[int, int]] | None:
+    def _read(self) -> list[tuple[int, int]]:
         """Beats and iteration of every rank."""
-        try:
-            words = [self._store.get(f"heartbeat/{rank}").split() for rank in range(self._world_size)]
-        except RuntimeError:
-            return None
+        words = [self._store.get(f"heartbeat/{rank}").split() for rank in range(self._world_size)]
         return [(int(beats), int(iteration)) for beats, iteration in words]

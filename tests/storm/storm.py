@@ -145,8 +145,10 @@ class Storm:
         stopped = self.random.choice(self.ranks)
         stopped.send_signal(signal.SIGSTOP)
         (other,) = (rank for rank in self.ranks if rank is not stopped)
-        other.wait(60)
-        stopped.kill()
+        try:
+            assert other.wait(60) == 1, self.said()
+        finally:
+            stopped.kill()
         self.end({-signal.SIGKILL, 1})
 
     def kill_during_a_save(self) -> None:

@@ -144,3 +144,27 @@ def test_a_rank_that_dies_or_stops_is_named_and_nobody_stays(workplace: Workplac
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks.values())
     if blow == signal.SIGSTOP:  # of a dead one the launcher may tell first, and end the others
         assert said in output and "start the same command again" in output
+
+
+def test_ranks_do_not_wait_for_a_stopped_rank_that_keeps_the_store(workplace: Workplace) -> None:
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29873", "OMP_NUM_THREADS": "1"}
+        command = workplace.command("train.total_iter=100000", "faults.timeout=5", "data.train.batch_size=2")
+        log = (workplace.folder / f"{rank}.log").open("wb")
+        ranks.append(
+            subprocess.Popen(
+                command, cwd=workplace.folder, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT
+            )
+        )
+    metrics, deadline = workplace.folder / "experiments/tiny/log/metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline, (workplace.folder / "0.log").read_text()
+        time.sleep(0.05)
+    ranks[0].send_signal(signal.SIGSTOP)
+    try:
+        assert ranks[1].wait(40) == 1
+    finally:
+        ranks[0].kill()
+    assert "rank 0, or the launcher" in (workplace.folder / "1.log").read_text()
