@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import MakeWorkplace, Workplace
 
+from mambair_ds.training import checkpoint as checkpoints
 from mambair_ds.training.fragments import join
 
 SETTINGS = ["train.ema_decay=0.9", "train.grad_clip=0.5", "data.train.gt_size=16"]
@@ -60,7 +61,8 @@ def test_the_same_command_on_other_ranks_keeps_the_batch(workplace: Workplace) -
     folder = workplace.folder / "experiments/tiny/checkpoints/0000003"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["batch"] == 4
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"batch": 5}))
+    changed = manifest | {"batch": 5}
+    (folder / "manifest.json").write_text(json.dumps(changed | {"sha256": checkpoints._own_sha256(changed)}))
     refused = workplace.train("data.train.batch_size=2", "train.total_iter=4", ranks=2)
     assert "5 samples a step, which 2 ranks cannot share evenly" in refused.stderr
 
