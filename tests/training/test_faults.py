@@ -56,6 +56,41 @@ assert not torch.equal(before[0], after[0]) and all(tensor.isfinite().all() for 
 """
 
 
+QUIET = """
+import torch
+from mambair_ds.config import TrainConfig
+from mambair_ds.training import launch
+launch.detect()
+from mambair_ds.training.ema import Ema
+from mambair_ds.training.engine import Engine, start_process_group
+
+train = TrainConfig.model_validate({
+    "total_iter": 9, "optim": {"lr": 0.1}, "scheduler": {"type": "MultiStepLR", "milestones": [9]},
+    "pixel_loss": {"type": "L1Loss"},
+})
+device = torch.device("cuda", 0)
+start_process_group(device, 60)
+engine = Engine(torch.nn.Linear(4, 1).to(device), train, 2, "bf16")
+ema, x = Ema(engine.local_tensors(), 0.5), torch.ones(2, 4, device=device)
+
+def step():
+    engine.step(engine(x).float().square().mean(), 0.1, False)
+    ema.update(engine.local_tensors(), engine.skipped)
+
+step(), step()
+torch.cuda.set_sync_debug_mode("error")
+step()
+torch.cuda.set_sync_debug_mode("default")
+"""
+
+
+@pytest.mark.gpu
+def test_a_step_that_does_not_log_waits_for_no_gpu(tmp_path: Path) -> None:
+    (tmp_path / "quiet.py").write_text(QUIET)
+    done = subprocess.run([sys.executable, "quiet.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "pure_bf16"), (2, "fp32"), (3, "bf16")])
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     tmp_path: Path, stage: int, precision: str
