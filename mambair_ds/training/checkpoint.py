@@ -43,6 +43,8 @@ FREE_KEYS = (
     "faults.",
     "data.val.",
     "data.train.threads",
+    "data.train.verify",
+    "network.use_checkpoint",
     "data.train.batch_size",
     "train.accumulation",
     "train.zero_stage",
