@@ -80,6 +80,7 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    losses = Losses(config.train, device)
     lock = None
     if launch.is_main:
 
@@ -96,7 +97,7 @@ def run(config: RunConfig, launch: Launch, resume: Path | None, fresh: bool, sto
         dist.barrier()
         if launch.is_main:
             log_to_file(config.folder / "log" / f"train_{config.name}_{_timestamp()}.log")
-        trainer = Trainer(config, launch, device, network, state, val_sets, checkpoint, stop)
+        trainer = Trainer(config, launch, device, network, losses, state, val_sets, checkpoint, stop)
         heartbeat = Heartbeat(config.faults.timeout, lambda: trainer.state.iteration)
         try:
             return trainer.fit()
@@ -130,6 +131,7 @@ class Trainer:
         launch: Launch,
         device: torch.device,
         network: nn.Module,
+        losses: Losses,
         state: RunState,
         val_sets: dict[str, ValidationSet],
         checkpoint: Checkpoint | None,
@@ -177,7 +179,7 @@ class Trainer:
             scale=config.network.upscale,
             max_damaged=config.faults.max_damaged,
         )
-        self.losses = Losses(train, device)
+        self.losses = losses
         self.agreement = Agreement(config.faults.timeout)
         retrying = config.checkpoint.retries * config.checkpoint.retry_wait
         self.saver = Saver(

@@ -84,3 +84,6 @@ def test_a_run_logs_every_loss(workplace: Workplace, weights) -> None:
     assert "l_percep: " in done.stdout
     done = workplace.train("train.perceptual_loss.weights=nowhere.pth")
     assert done.returncode == 2 and "vgg19-dcbb9e9d.pth" in done.stderr
+    done = workplace.train(f"train.perceptual_loss.weights={workplace.config}", "name=other")
+    assert done.returncode == 2 and "broken, or no file of weights" in done.stderr
+    assert not (workplace.folder / "experiments/other").exists()
