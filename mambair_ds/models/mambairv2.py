@@ -6,12 +6,12 @@ Parameter names, shapes and their order are the published ones, so that publishe
 
 import functools
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mambair_ds.config import NetworkConfig
 from mambair_ds.kernels.philox import NoiseKey
@@ -124,9 +124,7 @@ class Stage(nn.Module):
         scan_backend: str | None,
     ) -> None:
         super().__init__()
-        self.use_checkpoint = bool(config.use_checkpoint)
-        selective = config.use_checkpoint == "selective"
-        self.contexts = partial(create_selective_checkpoint_contexts, _keep_slow) if selective else noop_context_fn
+        self.use_checkpoint = config.use_checkpoint
         layers = nn.ModuleList(
             AttentiveLayer(config, config.num_heads[stage], bool(j % 2), first_index + j, feed_forward, scan_backend)
             for j in range(depth)
@@ -139,9 +137,8 @@ class Stage(nn.Module):
         for layer in self.residual_group["layers"].children():
             if self.use_checkpoint and torch.is_grad_enabled():
                 # Keyed noise is drawn again by its key; only the published draw needs the generator's state.
-                x = checkpoint(
-                    layer, x, noise, use_reentrant=False, preserve_rng_state=noise is None, context_fn=self.contexts
-                )
+                settings: dict[str, Any] = {"context_fn": _SELECTIVE} if self.use_checkpoint == "selective" else {}
+                x = checkpoint(layer, x, noise, use_reentrant=False, preserve_rng_state=noise is None, **settings)
             else:
                 x = layer(x, noise)
         return convolve(self.conv, x) + shortcut
@@ -151,6 +148,9 @@ def _keep_slow(_context: object, operator: torch._ops.OpOverload, *_: object, **
     """Keep what scan and attention give; everything else is quickly computed again."""
     slow = operator.name().startswith(("mambair_ds::selective_scan", "mambair_ds::window_attention"))
     return CheckpointPolicy.MUST_SAVE if slow else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_SELECTIVE = functools.partial(create_selective_checkpoint_contexts, _keep_slow)
 
 
 class AttentiveLayer(nn.Module):
