@@ -147,7 +147,7 @@ def test_a_runs_configuration_takes_the_runs_newest_weights(place, tmp_path):
 def test_ranks_share_the_pictures(place, tmp_path):
     config = write_config(tmp_path / "test.yml", place, weights=str(place / "x2.pth"))
     tables = []
-    for start in ([sys.executable], ["torchrun", "--nproc_per_node=2"]):
+    for start in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]):
         out = tmp_path / f"{len(tables)}.csv"
         done = subprocess.run(
             [*start, "-m", "mambair_ds.evaluate", "--config", config, "--out", out], capture_output=True, text=True
