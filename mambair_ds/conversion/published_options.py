@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mambair_ds.config import EvaluationConfig, RunConfig, UserError, parse_yaml, validate
+from mambair_ds.config import EvaluationConfig, RunConfig, UserError, flatten, parse_yaml, validate
 
 _TASKS = {"SR": "sr", "CAR": "jpeg", "denoising_color": "denoise", "denoising_gray": "denoise"}
 
@@ -85,7 +85,7 @@ def convert(path: Path, quality: int | None = None) -> Converted:
 class _Conversion:
     def __init__(self, path: Path, tree: dict[str, Any], quality: int | None) -> None:
         self.path = path
-        self.left = _flat(tree)
+        self.left = flatten(tree)
         """Keys that nothing has asked for yet."""
         self.datasets: dict[str, dict[str, Any]] = {
             name: one for name, one in tree["datasets"].items() if isinstance(one, dict)
@@ -244,13 +244,3 @@ class _Conversion:
 
 def _list(value: Any) -> list[str]:
     return [] if value is None else [str(one) for one in value] if isinstance(value, list) else [str(value)]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -26,7 +26,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mambair_ds.config import CheckpointConfig, RunConfig, UserError
+from mambair_ds.config import CheckpointConfig, RunConfig, UserError, flatten
 from mambair_ds.training.fragments import join
 
 logger = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def check_resumable(checkpoint: Checkpoint, config: RunConfig, stream: str) -> N
     Raises:
         UserError: listing every differing key, or that the data is another.
     """
-    saved, now = _flat(checkpoint.manifest["config"]), _flat(config.model_dump(mode="json"))
+    saved, now = flatten(checkpoint.manifest["config"]), flatten(config.model_dump(mode="json"))
     differing = [
         f"  {key}: saved {saved.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(saved.keys() | now.keys())
@@ -326,13 +326,3 @@ def _own_sha256(manifest: Mapping[str, Any]) -> str:
     """Checksum of a manifest, of which its own checksum is no part."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -1,6 +1,6 @@
 """Steps that were left out because their gradient was not finite: counted, told, and too many in a row end the run.
 
-The flag of a step is read two steps later, when the device has long computed it: nobody waits.
+The flag of a step is read two steps later, when the device has usually computed it: then neither waits for the other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class SkipWatch:
             event: told the iteration of every skipped step.
         """
         self._state, self._limit, self._folder, self._keys, self._event = state, limit, folder, keys, event
-        self._flags: deque[tuple[int, int, Tensor]] = deque()
+        self._flags: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, iteration: int, position: int, skipped: Tensor) -> None:
         """Take the flag of a step that began at a position of the stream, and look at those that are old enough.
@@ -45,7 +46,13 @@ class SkipWatch:
         Raises:
             RunError: on all ranks alike, if too many steps in a row were skipped.
         """
-        self._flags.append((iteration, position, skipped.to("cpu", non_blocking=True)))
+        copied = None
+        if skipped.is_cuda:
+            flag, copied = skipped.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        else:
+            flag = skipped
+        self._flags.append((iteration, position, flag, copied))
         while len(self._flags) > _LATE:
             self._look()
 
@@ -59,7 +66,9 @@ class SkipWatch:
             self._look()
 
     def _look(self) -> None:
-        iteration, position, flag = self._flags.popleft()
+        iteration, position, flag, copied = self._flags.popleft()
+        if copied:  # of the step before last: waits only for a host that runs far ahead of its device
+            copied.synchronize()
         state = self._state
         if not float(flag):
             state.skipped_in_a_row = 0
