@@ -53,6 +53,7 @@ assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)), "a 
 assert step(False) == 0.0
 after = state()
 assert not torch.equal(before[0], after[0]) and all(tensor.isfinite().all() for tensor in after)
+dist.destroy_process_group()  # its threads, met by the end of the process, abort it now and then
 """
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeWorkplace, Workplace
+from conftest import Workplace
 
 from mambair_ds.training import checkpoint as checkpoints
 from mambair_ds.training.fragments import join
@@ -16,40 +18,56 @@ LAYOUTS = [(ranks, stage) for ranks in (1, 2, 4) for stage in range(4)]
 SAMPLED = [((1, 0), (2, 3)), ((2, 2), (1, 1)), ((2, 3), (2, 0))]
 
 
-def layout(ranks: int, stage: int) -> list[str]:
+@dataclass
+class Origin:
+    begun: Workplace
+    whole: Workplace
+    iterations: int
+
+
+def settings(ranks: int, stage: int) -> list[str]:
     return [f"data.train.batch_size={BATCH // ranks}", f"train.zero_stage={stage}"]
 
 
-def continues(make_workplace: MakeWorkplace, saved: tuple[int, int], resumed: tuple[int, int], iterations: int) -> None:
-    whole, moved = make_workplace("whole"), make_workplace("moved")
-    done = whole.train(*SETTINGS, *layout(*saved), f"train.total_iter={3 + iterations}", ranks=saved[0])
+@pytest.fixture(scope="module")
+def origin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Origin:
+    """A run of 3 iterations on one layout to go on from, and the same run, uninterrupted, to compare with."""
+    layout, iterations = request.param
+    folder = tmp_path_factory.mktemp("origin")
+    places = []
+    for name, total in (("begun", 3), ("whole", 3 + iterations)):
+        (folder / name).mkdir()
+        places.append(Workplace(folder / name, shards))
+        done = places[-1].train(*SETTINGS, *settings(*layout), f"train.total_iter={total}", ranks=layout[0])
+        assert done.returncode == 0, done.stderr
+    return Origin(*places, iterations)
+
+
+def continues(origin: Origin, resumed: tuple[int, int], place: Workplace) -> None:
+    shutil.copytree(origin.begun.folder / "experiments", place.folder / "experiments")
+    total = 3 + origin.iterations
+    done = place.train(*SETTINGS, *settings(*resumed), f"train.total_iter={total}", ranks=resumed[0])
     assert done.returncode == 0, done.stderr
-    done = moved.train(*SETTINGS, *layout(*saved), "train.total_iter=3", ranks=saved[0])
-    assert done.returncode == 0, done.stderr
-    done = moved.train(*SETTINGS, *layout(*resumed), f"train.total_iter={3 + iterations}", ranks=resumed[0])
-    assert done.returncode == 0, done.stderr
-    assert moved.scalars() == pytest.approx(whole.scalars(), abs=1e-5)
-    name = f"experiments/tiny/models/net_g_{3 + iterations}.pth"
-    expected, found = (torch.load(place.folder / name, weights_only=True) for place in (whole, moved))
+    assert place.scalars() == pytest.approx(origin.whole.scalars(), abs=1e-5)
+    name = f"experiments/tiny/models/net_g_{total}.pth"
+    expected, found = (torch.load(one.folder / name, weights_only=True) for one in (origin.whole, place))
     for kind in ("params", "params_ema"):
         for key, tensor in expected[kind].items():
             torch.testing.assert_close(found[kind][key], tensor, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("saved", "resumed"), SAMPLED)
-def test_a_checkpoint_goes_on_in_another_layout(
-    make_workplace: MakeWorkplace, saved: tuple[int, int], resumed: tuple[int, int]
-) -> None:
-    continues(make_workplace, saved, resumed, iterations=4)
+@pytest.mark.parametrize(
+    ("origin", "resumed"), [((saved, 4), resumed) for saved, resumed in SAMPLED], indirect=["origin"]
+)
+def test_a_checkpoint_goes_on_in_another_layout(origin: Origin, resumed: tuple[int, int], workplace: Workplace) -> None:
+    continues(origin, resumed, workplace)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", LAYOUTS)
-@pytest.mark.parametrize("resumed", LAYOUTS)
-def test_every_layout_continues_every_other(
-    make_workplace: MakeWorkplace, saved: tuple[int, int], resumed: tuple[int, int]
-) -> None:
-    continues(make_workplace, saved, resumed, iterations=20)
+@pytest.mark.parametrize("origin", [(saved, 20) for saved in LAYOUTS], indirect=True, ids=map(str, LAYOUTS))
+@pytest.mark.parametrize("resumed", LAYOUTS, ids=str)
+def test_every_layout_continues_every_other(origin: Origin, resumed: tuple[int, int], workplace: Workplace) -> None:
+    continues(origin, resumed, workplace)
 
 
 def test_the_same_command_on_other_ranks_keeps_the_batch(workplace: Workplace) -> None:
