@@ -64,8 +64,8 @@ def test_a_checkpoint_goes_on_in_another_layout(origin: Origin, resumed: tuple[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("origin", [(saved, 20) for saved in LAYOUTS], indirect=True, ids=map(str, LAYOUTS))
 @pytest.mark.parametrize("resumed", LAYOUTS, ids=str)
+@pytest.mark.parametrize("origin", [(saved, 20) for saved in LAYOUTS], indirect=True, ids=map(str, LAYOUTS))
 def test_every_layout_continues_every_other(origin: Origin, resumed: tuple[int, int], workplace: Workplace) -> None:
     continues(origin, resumed, workplace)
 
