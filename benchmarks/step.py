@@ -38,7 +38,7 @@ from mambair_ds.training.losses import pixel_loss
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU_CASES = {"x2_light": (2, 64), "demo": (8, 32)}  # config: batch, side of the square LQ patches
 GPU_CASES = {"x2": 64, "x2_light": 64, "denoise_50": 128}  # config: side
-WAYS = {"cpu": ("baseline", "fp32"), "cuda": ("baseline", "fp32", "bf16", "bf16 compiled")}
+WAYS = {"cpu": ("baseline", "fp32"), "cuda": ("baseline", "fp32", "bf16", "bf16 compiled", "bf16 graphs")}
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,18 @@ def _theirs(run: RunConfig, device: torch.device) -> Callable[[Tensor, Tensor, i
 
 def _ours(run: RunConfig, way: str, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
     model = build_model(run.network).to(device).train()
-    forward = torch.compile(model) if "compiled" in way else model
+    if way.endswith(("compiled", "graphs")):
+        model.compile(mode="reduce-overhead" if way.endswith("graphs") else "default")
     optimizer = torch.optim.Adam(model.parameters(), run.train.optim.lr, fused=True)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=way.startswith("bf16"))
 
     def take(lq: Tensor, gt: Tensor, step: int) -> None:
         optimizer.zero_grad(set_to_none=True)
+        if way.endswith("graphs"):
+            torch.compiler.cudagraph_mark_step_begin()
         positions = torch.arange(step * len(lq), (step + 1) * len(lq), device=device)
         with mixed:
-            output = forward(lq, NoiseKey(0, positions))
+            output = model(lq, NoiseKey(0, positions))
         pixel_loss(run.train.pixel_loss, output, gt).backward()
         optimizer.step()
 

@@ -3,7 +3,8 @@
 #
 # Debian itself is the base here (mmdebstrap), so what the CUDA base adds stays untested. The base gets this machine's way to
 # its packages: apt's sources, pip's settings, certificates. Skips, with the reason, where podman cannot be had.
-#   GPU=1    also build the layers of the GPU target (a CUDA torch: gigabytes), without the published CUDA kernels
+#   GPU=9.0  also build the GPU target, with the published CUDA kernels for that architecture: a CUDA torch, nvcc from
+#            NVIDIA's wheels, 15 GB and half an hour or more
 #   KEEP=DIR keep base and build cache there for the next time
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -87,9 +88,10 @@ EOF
 while read -r folder; do
     [[ -z $folder ]] || mounts+=(--volume "$folder:$folder:ro")
 done <"$work/folders"
+devel=base
 build() {
     pod build --quiet --network host --format docker --pull=never "${mounts[@]}" --build-arg TORCH_INDEX= \
-        --build-arg BASE_IMAGE=localhost/base --build-arg BUILD_IMAGE=localhost/base --build-arg CPU_IMAGE=localhost/base \
+        --build-arg BASE_IMAGE=localhost/base --build-arg BUILD_IMAGE="localhost/$devel" --build-arg CPU_IMAGE=localhost/base \
         --build-arg REVISION="$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" "$@" .
 }
 image=localhost/mambair-ds:cpu
@@ -99,10 +101,29 @@ say "built the CPU target: $mib MB"
 ((mib <= 2500)) || fail "it is larger than 2500 MB"
 
 if [[ -n ${GPU:-} ]]; then
-    build --target gpu --build-arg CUDA_ARCHS= --tag localhost/mambair-ds:gpu >/dev/null || fail "the build of the GPU target"
-    say "built the GPU target's layers: $(($(pod image inspect --format '{{.Size}}' localhost/mambair-ds:gpu) / 1000000)) MB"
+    # What CUDA's devel image has: the compiler and the headers that torch's extensions include.
+    if ! pod image exists localhost/devel; then
+        sed -i '/^find-links/d; /^constraint/d' "$work/pip.conf" # they may hold a CPU torch
+        pod build --quiet --network host --pull=never "${mounts[@]}" --tag localhost/devel --file - "$work/run" >/dev/null <<'EOF' \
+            || fail "nvcc cannot be had"
+FROM localhost/base
+RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/* && python3 -m venv /cuda \
+    && /cuda/bin/pip install --no-cache-dir --no-deps 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' \
+        'nvidia-cuda-runtime==13.0.*' 'nvidia-cublas==13.0.*' nvidia-cusparse==12.6.3.3 nvidia-cusolver==12.0.4.66 \
+        nvidia-curand==10.4.0.35 \
+    && ln -s /cuda/lib/python3*/site-packages/nvidia/cu13 /usr/local/cuda && ln -s lib /usr/local/cuda/lib64 \
+    && ln -s libcudart.so.13 /usr/local/cuda/lib/libcudart.so
+ENV CUDA_HOME=/usr/local/cuda
+EOF
+    fi
+    devel=devel
+    build --target gpu --build-arg CUDA_ARCHS="$GPU" --build-arg MAX_JOBS="$(nproc)" --tag localhost/mambair-ds:gpu >/dev/null \
+        || fail "the build of the GPU target"
+    say "built the GPU target: $(($(pod image inspect --format '{{.Size}}' localhost/mambair-ds:gpu) / 1000000)) MB"
     pod run --rm --no-healthcheck --network none --read-only localhost/mambair-ds:gpu python -c \
-        'import torch, mambair_ds.kernels.selective_scan.triton; assert torch.version.cuda; print(torch.__version__)'
+        'import torch, causal_conv1d_cuda, selective_scan_cuda, mambair_ds.kernels.selective_scan.triton
+assert torch.version.cuda
+print(torch.__version__, causal_conv1d_cuda.__file__, selective_scan_cuda.__file__)' || fail "the GPU target lacks something"
 fi
 
 # ---- what the image says of itself ----

@@ -392,6 +392,12 @@ class TrainConfig(_Schema):
     """bf16: autocast over float32 parameters; pure_bf16: bf16 parameters; auto: bf16 on a GPU, fp32 on a CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed's ZeRO splits over ranks: nothing, optimizer, + gradients, + parameters."""
+    overlap_comm: bool | None = None
+    """Reduce gradients while the backward pass goes on; null: as DeepSpeed does by default, at stage 3 alone."""
+    compile: bool = False
+    """Let torch.compile fuse what lies between the operators; takes a minute or more at the start of a run."""
+    cuda_graphs: bool = False
+    """Replay the compiled network's kernels as CUDA graphs, without the host; keeps their memory apart."""
     gumbel: Literal["counter", "published"] = "counter"
     """Routing noise: counter-based (same on any number of ranks) or torch's global generator as published."""
     pretrain: PretrainConfig | None = None
@@ -403,6 +409,21 @@ class TrainConfig(_Schema):
             raise ValueError(f"scheduler.periods cover {sum(self.scheduler.periods)} of {self.total_iter} iterations")
         if self.precision == "pure_bf16" and self.zero_stage == 0:
             raise ValueError("precision pure_bf16 needs zero_stage 1, 2 or 3 (DeepSpeed's stage 0 is wrong with it)")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs needs compile: true")
+        if self.cuda_graphs and self.zero_stage == 3:
+            raise ValueError("cuda_graphs needs zero_stage 0, 1 or 2: stage 3 gathers parameters to other places")
+        if self.cuda_graphs and self.zero_stage == 0 and self.accumulation > 1:
+            raise ValueError("cuda_graphs with accumulation needs zero_stage 1 or 2: a replay overwrites the gradients")
+        if self.overlap_comm and (self.zero_stage == 0 or (self.compile and self.zero_stage < 3)):
+            raise ValueError(
+                "overlap_comm needs zero_stage 1, 2 or 3, and at 1 and 2 no compile, with which DeepSpeed reduces "
+                "gradients before they are there"
+            )
+        if self.compile and self.gumbel == "published":
+            raise ValueError(
+                "compile needs gumbel: counter; compiled code draws other numbers than the published noise"
+            )
         return self
 
 

@@ -36,6 +36,9 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is faster on a GPU (%(default)s)"
     )
     group.add_argument(
+        "--compile", action="store_true", help="compile the network first: takes minutes, for many pictures or a GPU"
+    )
+    group.add_argument(
         "--self-ensemble",
         action="store_true",
         help="average over the eight flips and turns of a picture: 8 times slower",
@@ -53,9 +56,12 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_SHARED = ("param_key", "precision", "compile", "self_ensemble", "overlap", "memory")
+
+
 def network_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_network_options` read, as keywords of `Restorer.open`."""
-    options = {key: getattr(args, key) for key in ("param_key", "precision", "self_ensemble", "overlap", "memory")}
+    options = {key: getattr(args, key) for key in _SHARED}
     if args.no_tiling:
         options["tile"] = None
     elif args.tile:

@@ -37,6 +37,7 @@ class Restorer:
         overlap: int | None = None,
         self_ensemble: bool = False,
         precision: str = "fp32",
+        compile: bool = False,
         memory: float | None = None,
     ) -> None:
         """Wrap a network that lies on the device to compute on.
@@ -45,6 +46,8 @@ class Restorer:
             network: in any mode, any floating dtype.
             tile, overlap, self_ensemble: see `mambair_ds.inference.restore`.
             precision: fp32, or bf16 for autocast.
+            compile: let torch.compile fuse what lies between the operators, for any size of picture; the first picture
+                takes minutes.
             memory: GB that activations may take: the tile as large as they allow, one at a time.
 
         Raises:
@@ -56,6 +59,8 @@ class Restorer:
         self.device = next(network.parameters()).device
         if memory is not None:
             tile = tile_for(network.config, memory, overlap)
+        if compile:
+            self.network.compile(dynamic=True)
         self._restore = partial(
             restore,
             self.network,

@@ -71,6 +71,8 @@ def test_debug_prefixes_the_name_and_logs_every_step(minimal: Path) -> None:
         ("train.scheduler.type=Linear", ["train.scheduler", "MultiStepLR"]),
         ("train.scheduler={type: CosineAnnealingRestartLR, periods: [5]}", ["periods cover 5 of 10"]),
         ("train.precision=pure_bf16", ["zero_stage 1, 2 or 3"]),
+        ("train.cuda_graphs=true", ["needs compile: true"]),
+        ("train.overlap_comm=true", ["zero_stage 1, 2 or 3"]),
         ("data.train.shards.4=x", ["'4' is no index of a list of 1"]),
         ("name.first=x", ["name is a value, not a group"]),
         ("name=a/b", ["name=a/b"]),

@@ -54,6 +54,22 @@ def test_three_lines_of_python_do_it(weights, dtype):
     np.testing.assert_array_equal(restored, np.rint(expected * top).astype(dtype))
 
 
+def test_a_compiled_network_restores_pictures_of_all_sizes_alike(weights, monkeypatch):
+    settings = []
+    compile = torch.nn.Module.compile
+
+    def without_inductor(module, **asked):  # which takes a C++ compiler, and minutes
+        settings.append(asked)
+        compile(module, backend="aot_eager", **asked)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_inductor)
+    eager, compiled = Restorer.open(weights), Restorer.open(weights, compile=True)
+    assert settings == [{"dynamic": True}]
+    for shape in ((10, 13, 3), (21, 20, 3)):
+        picture = random_picture(*shape)
+        np.testing.assert_array_equal(compiled(picture), eager(picture))
+
+
 @pytest.mark.parametrize("in_chans, upscale", [(3, 2), (1, 1), (1, 2)])
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])
 def test_channels_stay_what_they_are(in_chans, upscale, shape):

@@ -19,7 +19,7 @@ import torch
 from mambair_ds.config import UserError
 from mambair_ds.kernels.depthwise_conv.operator import EPS
 from mambair_ds.kernels.window_attention.reference import relative_position_index
-from mambair_ds.models.mambairv2 import MambaIRv2, channel_mean
+from mambair_ds.models.mambairv2 import MambaIRv2
 
 try:
     from onnxscript import FLOAT, graph, opset18, script
@@ -46,7 +46,6 @@ def export(network: MambaIRv2, path: Path) -> None:
     example = torch.rand(2, config.in_chans, 2 * config.window_size + 3, config.window_size + 5)
     sizes = {0: "batch", 2: "height", 3: "width"}
     dynamic = {place: torch.export.Dim.DYNAMIC for place in sizes}
-    channel_mean(config.in_chans, example.device)  # else its cache would hold what only the exporter can use
     # The exporter knows no regions of autocast; in float32 they change nothing.
     no_autocast = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with torch.no_grad(), no_autocast, _quiet():

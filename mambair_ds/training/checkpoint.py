@@ -48,6 +48,9 @@ FREE_KEYS = (
     "data.train.batch_size",
     "train.accumulation",
     "train.zero_stage",
+    "train.overlap_comm",
+    "train.compile",
+    "train.cuda_graphs",
     "train.total_iter",
     "train.pretrain",
 )

@@ -32,7 +32,8 @@ def deepspeed_config(train: TrainConfig, batch_size: int, precision: str, parame
         train: optimization settings.
         batch_size: samples per rank and forward pass.
         precision: fp32, bf16 or pure_bf16 (auto already resolved).
-        parameters: of the network; a bucket for gradients that is larger would only take memory (the default: 2 GB).
+        parameters: of the network; a bucket for gradients that is larger would only take memory (the default: 2 GB),
+            and only after a bucket is full can it be reduced beside the backward pass.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -42,7 +43,8 @@ def deepspeed_config(train: TrainConfig, batch_size: int, precision: str, parame
         "zero_optimization": {
             "stage": train.zero_stage,
             "memory_efficient_linear": False,
-            "reduce_bucket_size": min(parameters, 500_000_000),
+            "reduce_bucket_size": min(parameters // 8 if train.overlap_comm else parameters, 500_000_000),
+            "overlap_comm": train.overlap_comm,
         },
         "zero_allow_untested_optimizer": True,
     }
@@ -90,6 +92,9 @@ class Engine:
         self.input_dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
         optimizer = build_optimizer(train.optim, network)
         self.deepspeed, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=self.config)
+        self._graphs = train.cuda_graphs
+        if train.compile:
+            self.deepspeed.compile(compile_kwargs={"mode": "reduce-overhead" if train.cuda_graphs else "default"})
         self.skipped = torch.zeros(())
         """Whether the last step was left out because its gradient was not finite: 1.0 or 0.0, the same on all ranks."""
         if self.stage == 0:
@@ -97,6 +102,8 @@ class Engine:
 
     def __call__(self, lq: Tensor, **kwargs: Any) -> Tensor:
         """The network's output for `lq`, (B, C, H, W) float32 in [0, 1]."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         output: Tensor = self.deepspeed(lq.to(self.input_dtype), **kwargs)
         return output
 

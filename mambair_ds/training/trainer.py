@@ -159,6 +159,8 @@ class Trainer:
         self.state = state
         # A plain copy: the layout of exported weights, and the network that validates, whatever ZeRO does to the other.
         self.whole = copy.deepcopy(network).eval().requires_grad_(False)
+        if train.compile:
+            self.whole.compile(dynamic=True)  # validation pictures come in all sizes
         self.engine = Engine(network, train, data.batch_size, self.precision)
         self.ema = Ema(self.engine.local_tensors(), train.ema_decay) if train.ema_decay else None
         if saved:

@@ -71,12 +71,14 @@ class Workplace:
             *arguments,
         ]
 
-    def train(self, *overrides: str, ranks: int = 1, arguments: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    def train(
+        self, *overrides: str, ranks: int = 1, arguments: Sequence[str] = (), timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         """Run the door to its end; on `ranks` processes."""
         command = self.command(*overrides, ranks=ranks, arguments=arguments)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     def scalars(self, key: str = "losses/l_pix", name: str = "tiny") -> dict[int, float]:

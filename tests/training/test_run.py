@@ -126,6 +126,54 @@ def test_reduced_precision_trains_and_stays_near_float32(
     assert reduced.scalars() == pytest.approx(exact.scalars(), rel=0.1)
 
 
+WITHOUT_INDUCTOR = """
+import sys
+from torch import nn
+compile = nn.Module.compile
+nn.Module.compile = lambda module, **settings: compile(module, backend="aot_eager", dynamic=settings.get("dynamic"))
+from mambair_ds.train import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "inductor"), [(0, False), *(pytest.param(stage, True, marks=pytest.mark.slow) for stage in range(4))]
+)
+def test_a_compiled_run_has_the_losses_of_an_eager_one(
+    make_workplace: MakeWorkplace, pictures: Path, stage: int, inductor: bool
+) -> None:
+    eager, compiled = make_workplace("eager"), make_workplace("compiled")
+    settings = [f"train.zero_stage={stage}", "train.total_iter=3", "network.depths=[1]", "network.num_heads=[2]"]
+    settings.append(f"data.val.sets.photos.gt={pictures}")
+    assert eager.train(*settings).returncode == 0
+    if not inductor:  # which takes a C++ compiler, and minutes
+        (compiled.folder / "train.py").write_text(WITHOUT_INDUCTOR)
+        compiled.door = ("train.py",)
+    done = compiled.train(*settings, "train.compile=true", timeout=600)
+    assert done.returncode == 0, done.stderr
+    for key, bound in (("losses/l_pix", 1e-5), ("metrics/photos/psnr", 1e-3)):
+        assert compiled.scalars(key) == pytest.approx(eager.scalars(key), abs=bound)
+
+
+@pytest.mark.gpu
+def test_a_run_of_cuda_graphs_has_the_losses_of_an_eager_one(make_workplace: MakeWorkplace) -> None:
+    eager, graphs = make_workplace("eager"), make_workplace("graphs")
+    assert eager.train("train.precision=fp32").returncode == 0
+    done = graphs.train("train.precision=fp32", "train.compile=true", "train.cuda_graphs=true", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert graphs.scalars() == pytest.approx(eager.scalars(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_reducing_gradients_beside_the_backward_pass_changes_no_loss(make_workplace: MakeWorkplace, stage: int) -> None:
+    after, beside = make_workplace("after"), make_workplace("beside")
+    settings = [f"train.zero_stage={stage}", "data.train.batch_size=2", "train.total_iter=4"]
+    for place, overlap in ((after, "false"), (beside, "true")):
+        done = place.train(*settings, f"train.overlap_comm={overlap}", ranks=2)
+        assert done.returncode == 0, done.stderr
+    assert beside.scalars() == after.scalars()
+
+
 @pytest.mark.parametrize(
     ("channels", "settings"),
     [
