@@ -56,7 +56,7 @@ class Stop:
             started: `time.monotonic` when the process began.
             budget: seconds that it may last; None for no end.
         """
-        self._started, self._budget = started, budget
+        self.started, self._budget = started, budget
         self._reason: str | None = None
         self._cleanup: Callable[[], None] | None = lambda: None
 
@@ -91,7 +91,7 @@ class Stop:
         Args:
             seconds_needed: how long another step and a save may take.
         """
-        if self._budget is not None and time.monotonic() - self._started + seconds_needed > self._budget:
+        if self._budget is not None and time.monotonic() - self.started + seconds_needed > self._budget:
             self.request(f"the time budget of {self._budget:.0f} s is nearly used up")
         return self._reason
 

@@ -227,7 +227,9 @@ class Trainer:
                     f"faults.max_damaged is {config.faults.max_damaged}"
                 )
             stopped = counts["stop"] > 0 and not last
-            if state.iteration > first:  # which compiles and allocates
+            if state.iteration == first:  # which compiles and allocates
+                logger.info("The first step is done, %.1f s after the start", time.monotonic() - self.stop.started)
+            else:
                 self._longest_step = max(self._longest_step, time.perf_counter() - began)
             # Who is asked to stop has little time: the validation that is due then comes first after the restart.
             if (state.iteration % config.data.val.every == 0 or last) and not stopped:
