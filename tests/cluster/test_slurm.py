@@ -42,10 +42,10 @@ class Place:
     def run(self) -> Path:
         return self.folder / "experiments/tiny"
 
-    def submit(self, *arguments: str, nodes: int = 4, recipe: str = "x2_4node.sh") -> int:
+    def submit(self, *arguments: str, nodes: int = 4, recipe: str = "x2_4node.sh", **variables: str) -> int:
         """Submit a shipped recipe, one CPU rank a node."""
         size = [f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=30"]
-        environment = {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+        environment = {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"} | variables
         settings = ["--config", "tiny.yml", "--set", f"train.total_iter={TOTAL}", *arguments]
         return self.cluster.submit(*size, f"slurm/{recipe}", *settings, cwd=self.folder, env=environment)
 
@@ -150,6 +150,27 @@ def test_a_mistake_is_found_before_ranks_start_and_not_repeated(cluster: Cluster
     assert cluster.job(job)["Restarts"] == "0"
     assert "train.optim.lr=-1" in place.said()
     assert not place.run.exists()
+
+
+def test_with_a_container_check_and_ranks_run_inside_it(cluster: Cluster, tmp_path: Path) -> None:
+    """A stand-in for Apptainer notes how it is called, and runs what it is given on this machine."""
+    place, calls = Place(tmp_path / "place", cluster), tmp_path / "calls"
+    (tmp_path / "apptainer").write_text(f"""#!/bin/bash
+echo "$*" >>{calls}
+while [[ $1 != *.sif ]]; do shift; done
+[[ $2 == python ]] && exec {sys.executable} "${{@:3}}"
+""")
+    (tmp_path / "apptainer").chmod(0o755)
+    variables = {"CONTAINER": "image.sif", "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "none"}
+    job = place.submit("--set", "train.total_iter=2", nodes=2, recipe="nodes.sh", **variables)
+    assert place.ends(job) == "COMPLETED", place.said()
+    assert set(losses(place.run)) == {1, 2}
+    check, *ranks = calls.read_text().splitlines()
+    start = f"exec --nv --bind {place.folder} --pwd {place.folder} image.sif python"
+    assert check.startswith(f"{start} -m mambair_ds.train --check --ranks 2 ")
+    assert len(ranks) == 2 and all(
+        rank.startswith(f"{start} -u -m mambair_ds.train --config tiny.yml ") for rank in ranks
+    )
 
 
 def test_an_array_task_takes_its_configuration(cluster: Cluster, tmp_path: Path) -> None:
