@@ -185,6 +185,11 @@ say "a new container continued it from the volume to the end"
 [[ -z $(find "$work/runs" "$work/cache" ! -uid $uid -print -quit) ]] || fail "files belong to another user"
 say "all files belong to uid $uid"
 
+# The network and its kernels against their references, as tests say; the whole suite: run ... python -m pytest.
+run --rm --tmpfs /tmp $image python -m pytest -q -p no:cacheprovider tests/models tests/kernels/test_scan.py tests/test_inference.py \
+    >"$work/tests" 2>&1 || fail "tests: $(tail -n 20 "$work/tests")"
+say "tests in the image: $(tail -n 1 "$work/tests")"
+
 # The bare image: anonymous volumes, its own user.
 pod run --rm --no-healthcheck --network none --read-only --cap-drop all $image >"$work/demo" 2>&1 \
     || fail "the demo: $(tail -n 5 "$work/demo")"

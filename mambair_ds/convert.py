@@ -104,7 +104,7 @@ def _onnx(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> int:
     from mambair_ds.config import UserError
     from mambair_ds.conversion.published_options import convert
-    from mambair_ds.data.picture_files import write_whole
+    from mambair_ds.files import write_whole
 
     _check_out(args, (".yml", ".yaml"), card=False)
     converted = convert(args.source, args.quality)

@@ -52,7 +52,7 @@ def _download(args: argparse.Namespace) -> int:
         )
         return 1
     from mambair_ds.config import UserError
-    from mambair_ds.data.picture_files import write_whole
+    from mambair_ds.files import write_whole
     from mambair_ds.weights import describe_weights, read_weights
 
     partial = path.with_name(f"unchecked_{file}")

@@ -20,7 +20,7 @@ from mambair_ds import metrics
 from mambair_ds.config import TaskConfig, UserError, ValidationConfig
 from mambair_ds.data.degradations import resize_uint8
 from mambair_ds.data.folders import ValidationSet, open_validation_set
-from mambair_ds.data.picture_files import write_whole
+from mambair_ds.files import write_whole
 from mambair_ds.training.launch import Launch
 from mambair_ds.training.validation import degrade
 

@@ -149,8 +149,9 @@ def _restore_one(restorer: Restorer, job: _Job, quality: int) -> str:
     import numpy as np
     import torch
 
-    from mambair_ds.data.picture_files import PictureFile, decode, encode, resized_exif, write_whole
+    from mambair_ds.data.picture_files import PictureFile, decode, encode, resized_exif
     from mambair_ds.data.pictures import PictureError
+    from mambair_ds.files import write_whole
 
     started = time.perf_counter()
     try:

@@ -6,7 +6,6 @@ A file is read without executing anything in it, and written so that it is eithe
 import io
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor, nn
 
 from mambair_ds.config import NetworkConfig, UserError
+from mambair_ds.files import write_whole
 from mambair_ds.models import build_model
 from mambair_ds.models.mambairv2 import MambaIRv2
 
@@ -217,21 +217,9 @@ def save_network(path: str | Path, weights: Mapping[str, Mapping[str, Tensor]]) 
         buffer = io.BytesIO()
         torch.save(sets, buffer)
         data = buffer.getvalue()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
 
 

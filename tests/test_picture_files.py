@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from mambair_ds.data.picture_files import FORMATS, PictureFile, decode, encode, resized_exif, write_whole
+from mambair_ds.data.picture_files import FORMATS, PictureFile, decode, encode, resized_exif
 from mambair_ds.data.pictures import PictureError
+from mambair_ds.files import write_whole
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

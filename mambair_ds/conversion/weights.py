@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from mambair_ds.config import NetworkConfig, UserError
+from mambair_ds.files import write_whole
 from mambair_ds.models import build_model
 from mambair_ds.models.mambairv2 import MambaIRv2
 from mambair_ds.weights import describe_weights, read_weights, weight_file
@@ -135,7 +136,7 @@ def write_card(path: Path, source: Source, key: str, facts: Mapping[str, str]) -
     )
     card = path.with_suffix(".md")
     try:
-        card.write_text(text, encoding="utf-8")
+        write_whole(card, text.encode())
     except OSError as error:
         raise UserError(f"{card}: cannot write it: {error.strerror or error}") from error
     return card

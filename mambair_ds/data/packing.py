@@ -42,10 +42,10 @@ from mambair_ds.data.shards import (
     ShardRecord,
     Shards,
     store_picture,
-    write_atomically,
     write_manifest,
     write_shard,
 )
+from mambair_ds.files import write_whole
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -232,7 +232,7 @@ def _check_and_plan(
     skipped = [{"file": str(problem.file), "reason": problem.reason} for problem in problems]
     plan = {"settings": settings, "skipped": skipped, "shards": shards}
     (packing.out / _JOURNAL).mkdir(parents=True, exist_ok=True)
-    write_atomically(packing.out / _JOURNAL / "plan.json", json.dumps(plan).encode())
+    write_whole(packing.out / _JOURNAL / "plan.json", json.dumps(plan).encode())
     return plan
 
 
@@ -254,7 +254,7 @@ def _write(
     for number, keys in todo.items():
         record, rows = write_shard(packing.out, number, itertools.islice(bar, len(keys)))
         finished = json.dumps({"record": asdict(record), "rows": rows}).encode()
-        write_atomically(packing.out / _JOURNAL / f"{number:06d}.json", finished)
+        write_whole(packing.out / _JOURNAL / f"{number:06d}.json", finished)
         done[number] = record, rows
     return [done[number] for number in range(len(plan["shards"]))]
 

@@ -6,10 +6,8 @@ Training and evaluation want plain 8-bit pictures (`pictures`); restoring a user
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -156,22 +154,6 @@ def resized_exif(exif: bytes | None, width: int, height: int) -> bytes | None:
         if tag in tags:
             tags[tag] = size
     return tags.tobytes().removeprefix(_EXIF_HEAD)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one. Its folder is made if need be.
-
-    Raises:
-        OSError: it cannot be written; a file that was there before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _shallow(x: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from mambair_ds.config import UserError
 from mambair_ds.data.tiff import encode_tiff
+from mambair_ds.files import write_whole
 
 FORMAT = "mambair_ds.shards/1"
 MANIFEST = "manifest.json"
@@ -146,7 +147,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
         (s.key, _row(s.gt, "gt", members_of[s.key]), _row(s.lq, "lq", members_of[s.key])) for s in packed
     ]
     index = _index_text(members_of)
-    write_atomically(path.with_suffix(".idx"), index)
+    write_whole(path.with_suffix(".idx"), index)
     record = ShardRecord(path.name, temporary.stat().st_size, file_sha256(temporary), len(rows), _sha256(index))
     os.replace(temporary, path)
     return record, rows
@@ -174,7 +175,7 @@ def write_manifest(
     )
     buffer = io.BytesIO()
     np.save(buffer, table)
-    write_atomically(folder / SAMPLES, buffer.getvalue())
+    write_whole(folder / SAMPLES, buffer.getvalue())
     manifest = {
         "format": FORMAT,
         "settings": dict(settings),
@@ -183,7 +184,7 @@ def write_manifest(
         "samples": {"file": SAMPLES, "sha256": _sha256(buffer.getvalue())},
         "skipped": [dict(item) for item in skipped],
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
 class _Settings(BaseModel):
@@ -358,16 +359,6 @@ class Shards:
     def _open_map(self, number: int) -> mmap.mmap:
         with open(self.folder / self.manifest["shards"][number]["file"], "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it appears under its name only when it is complete and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def file_sha256(path: Path) -> str:
