@@ -73,6 +73,8 @@ class MambaIRv2(nn.Module):
         x = x.to(self.conv_first.weight.dtype, memory_format=torch.channels_last)
         shallow = self.conv_first(x)
         x = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # the stream that layers add to: autocast's norm gives float32 on a GPU, but not on a CPU
         for stage in self.layers:
             x = stage(x, noise)
         return self.conv_after_body(self.norm(x).permute(0, 3, 1, 2)) + shallow

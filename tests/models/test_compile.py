@@ -9,6 +9,7 @@ from recipe import recipe_input
 
 from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
+from mambair_ds.models.mambairv2 import AttentiveLayer
 
 BOTH = pytest.mark.parametrize("kind", ["MambaIRv2", "MambaIRv2Light"])
 
@@ -40,6 +41,17 @@ def test_a_compiled_step_is_one_graph_and_equals_the_eager_one(kind, use_checkpo
         actual = step(model, compiled, x, noise)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if mixed else 1e-4, atol=1e-3 if mixed else 1e-6)
+
+
+@BOTH
+def test_under_autocast_layers_add_to_a_float32_stream(kind):
+    model, dtypes = build_tiny(type=kind), []
+    for layer in model.modules():
+        if isinstance(layer, AttentiveLayer):
+            layer.register_forward_hook(lambda _, inputs, output: dtypes.extend((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(recipe_input((1, 3, 8, 8)))
+    assert dtypes and set(dtypes) == {torch.float32}
 
 
 @pytest.mark.gpu
