@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all the set-up; `make help` lists the rest.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -58,7 +59,7 @@ bench: $(READY)  ## the benchmarks that this computer can run
 gpu: $(READY)  ## everything that needs a GPU: correctness, then timings
 	$(PY) -m pytest -m 'slow or not slow' -k 'triton or gpu'
 	$(PY) benchmarks/operators.py --device cuda $(if $(MAMBA_SDIST),--mamba-sdist $(MAMBA_SDIST)) --out $(OUT)
-	$(PY) benchmarks/step.py
+	$(PY) benchmarks/step.py --profile $(OUT)/profiles | tee $(OUT)/step.md
 
 wheel: $(READY)  ## the wheel, the same bytes every time, into out/dist
 	docker/wheel.sh $(PY)

@@ -2,7 +2,7 @@
 
 Every row of the Markdown table is measured in a process of its own, so that its peak memory is its own:
 
-    python benchmarks/step.py [--repeats 7] [--configs x2_light,demo]
+    python benchmarks/step.py [--repeats 7] [--configs x2_light,demo] [--profile DIR]
 
 On a CPU all rows have one batch. On a GPU every row has its own best one: batches double until the rate no longer
 grows by 3 % or the memory is full. Seconds are the median, and in brackets the fastest, of the repeats after the
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 # A thread that waits must not hold the core that the one it waits for needs; read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -35,6 +36,7 @@ from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
 from mambair_ds.training.losses import pixel_loss
 
+_T = TypeVar("_T")
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU_CASES = {"x2_light": (2, 64), "demo": (8, 32)}  # config: batch, side of the square LQ patches
 GPU_CASES = {"x2": 64, "x2_light": 64, "denoise_50": 128}  # config: side
@@ -81,6 +83,28 @@ def measure(config: str, way: str, batch: int, side: int, repeats: int) -> Resul
     return Result(batch, wall[warm_up:], cpu[warm_up:], peak)
 
 
+def profile(config: str, way: str, batch: int, side: int, folder: Path) -> None:
+    """Write one step's time line (for ui.perfetto.dev) and the operators and kernels that take longest."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_config(CONFIGS / f"{config}.yml")
+    scale, channels = run.network.upscale, run.network.in_chans
+    torch.manual_seed(0)
+    take = _ours(run, way, device) if way != "baseline" else _theirs(run, device)
+    lq = torch.rand(batch, channels, side, side, device=device)
+    gt = torch.rand(batch, channels, side * scale, side * scale, device=device)
+    for step in range(3):
+        take(lq, gt, step)
+    with torch.profiler.profile() as profiler:
+        take(lq, gt, 3)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{config}-{way.replace(' ', '-')}-{batch}x{side}"
+    profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
+    table = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30)
+    (folder / f"{name}.txt").write_text(table)
+
+
 def _theirs(run: RunConfig, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
     step = baseline.Step(run.network, run.train.optim, run.train.pixel_loss, device)
     return lambda lq, gt, _: step(lq, gt)
@@ -120,7 +144,7 @@ def best_batch(config: str, way: str, side: int, repeats: int) -> Result | None:
     return best
 
 
-def _in_process(run: Callable[..., Result], *arguments: object) -> Result:
+def _in_process(run: Callable[..., _T], *arguments: object) -> _T:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(run, *arguments).result()
 
@@ -145,6 +169,7 @@ def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--repeats", type=int, default=7, help="steps timed of each")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write a profile of every row there")
     parser.add_argument("--configs", help="some of the table's networks, separated by commas")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,8 +186,10 @@ def main() -> None:
         "| network | LQ | step | batch | s a step | CPU s | samples/s | times baseline | MiB | MiB a sample | × floor |"
     )
     print("| --- " * 11 + "|")
+    projected: list[str] = []
     for config in asked:
-        network = load_config(CONFIGS / f"{config}.yml").network
+        run = load_config(CONFIGS / f"{config}.yml")
+        network = run.network
         side = GPU_CASES[config] if on_gpu else CPU_CASES[config][1]
         reference: Result | None = None
         for way in WAYS[device.type]:
@@ -191,6 +218,15 @@ def main() -> None:
                 f"{min(result.wall) / floor:.2f}",
             )
             print(f"| {' | '.join(cells)} |", flush=True)
+            if arguments.profile:
+                _in_process(profile, config, way, result.batch, side, arguments.profile)
+            if run.task.kind == "denoise" and way != "baseline":
+                total = run.train.total_iter * run.data.train.batch_size * 8
+                projected.append(
+                    f"{config}, {way}: {total:,} samples, as published, on 8 cards at {result.rate:.4g} a second each "
+                    f"take {total / 8 / result.rate / 3600:.1f} h"
+                )
+    print("\n" + "\n".join(projected))
 
 
 if __name__ == "__main__":
