@@ -72,9 +72,9 @@ class MambaIRv2(nn.Module):
         """conv_first and the stages: (B, in_chans, H, W) to features (B, dim, H, W)."""
         x = x.to(self.conv_first.weight.dtype, memory_format=torch.channels_last)
         shallow = self.conv_first(x)
-        x = self.patch_embed["norm"](shallow.permute(0, 2, 3, 1))
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # the stream that layers add to: autocast's norm gives float32 on a GPU, but not on a CPU
+        norm = self.patch_embed["norm"]
+        # The stream that layers add to is as wide as the weights: autocast leaves it so on a GPU, but not on a CPU.
+        x = norm(shallow.permute(0, 2, 3, 1)).to(norm.weight.dtype)
         for stage in self.layers:
             x = stage(x, noise)
         return self.conv_after_body(self.norm(x).permute(0, 3, 1, 2)) + shallow
