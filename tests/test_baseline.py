@@ -76,3 +76,12 @@ def test_a_step_uses_none_of_our_operators_and_puts_them_back(baseline, kind, mo
     assert losses[-1] < losses[0]
     assert layout.linear is before
     assert used == {"selective_scan"}  # its reference
+
+
+def test_the_floor_counts_every_product_of_a_step(baseline):
+    def count(batch, **changes):
+        network = tiny_network(type="MambaIRv2Light", depths=[1], num_heads=[2], **changes)
+        return baseline.step_flops(NetworkConfig.model_validate(network), batch, 24)
+
+    assert count(2, embed_dim=16) == pytest.approx(2 * count(1, embed_dim=16), rel=1e-4)  # the table is multiplied once
+    assert 2 < count(1, embed_dim=32) / count(1, embed_dim=16) < 4
