@@ -261,6 +261,8 @@ class ValidationConfig(_Schema):
     """Pixels cut from every side before measuring; the field uses the scale for SR, 0 otherwise."""
     test_y_channel: bool = False
     """Measure on Y of BT.601 instead of RGB."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network while it is measured; published numbers are of fp32."""
     save_img: bool = False
     """Write the restored pictures to experiments/NAME/visualization."""
 

@@ -73,6 +73,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     channel.add_argument("--y-channel", action="store_true", default=None, help="measure on Y of BT.601 (sr, jpeg)")
     channel.add_argument("--rgb", action="store_false", dest="y_channel", help="measure on RGB (denoise)")
     add_network_options(parser)
+    parser.set_defaults(precision=None)  # then the configuration says it
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     args = parser.parse_args(argv)
     if bool(args.config) == bool(args.gt):
@@ -110,6 +111,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         gray = network.in_chans == 1 if network else args.task == "jpeg"
         method = Bicubic(network.upscale if network else args.scale, 1 if gray else 3)
     else:
+        args.precision = args.precision or (config.data.val.precision if config else "fp32")
         method = Restorer.open(weights, config=network, device=place.device, **network_options(args))
         if args.scale not in (None, method.scale):
             raise UserError(f"--scale {args.scale}: the network of {weights} has scale {method.scale}")

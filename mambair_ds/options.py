@@ -32,9 +32,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         default="params_ema",
         help="weights of a .pth to take; a file without a running mean gives its params (%(default)s)",
     )
-    group.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is faster on a GPU (%(default)s)"
-    )
+    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is faster on a GPU (fp32)")
     group.add_argument(
         "--compile", action="store_true", help="compile the network first: takes minutes, for many pictures or a GPU"
     )

@@ -128,6 +128,18 @@ def test_a_configuration_names_sets_and_weights(place, tmp_path, capsys):
     assert f"{results['sets']['A']['average']['psnr']:.4f}" in printed.split("| set")[1]
 
 
+def test_the_configuration_says_the_precision_unless_the_command_does(place, tmp_path):
+    config = write_config(tmp_path / "test.yml", place, weights=str(place / "x2.pth"))
+    near = ("--config", config, "--set", "data.val.precision=bf16")
+
+    def psnr_of(*arguments):
+        return measured(tmp_path, *arguments)["sets"]["A"]["average"]["psnr"]
+
+    exact = psnr_of("--config", config)
+    assert psnr_of(*near, "--precision", "fp32") == exact
+    assert exact != psnr_of(*near) == psnr_of("--config", config, "--precision", "bf16")
+
+
 def test_a_runs_configuration_takes_the_runs_newest_weights(place, tmp_path):
     train = {"total_iter": 8, "optim": {"lr": 1e-4}, "scheduler": {"type": "MultiStepLR", "milestones": [4]}}
     train["pixel_loss"] = {"type": "L1Loss"}

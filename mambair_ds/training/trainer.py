@@ -208,6 +208,7 @@ class Trainer:
         if state.validated < state.iteration and state.iteration % config.data.val.every == 0:
             self._validate()
         stopped, first = False, state.iteration + 1
+        logger.info("The first step compiles what no cache has yet: seconds on a CPU, on a new GPU machine minutes")
         while state.iteration < total and not stopped:
             began = time.perf_counter()
             stop = self.stop.reason(self._seconds_needed()) is not None

@@ -73,7 +73,8 @@ def validate(
             lq, gt = val_set.load(i)
             if lq is None:
                 lq = degrade(gt, config.task, config.network.upscale)
-            picture = to_picture(restore(network, to_tensor(lq, device), config.network.upscale))
+            restored = restore(network, to_tensor(lq, device), config.network.upscale, bf16=options.precision == "bf16")
+            picture = to_picture(restored)
             values[i] = torch.tensor(measure(picture, gt, options))
             if i < config.log.report_pictures:
                 save_detail(config.folder, set_name, val_set.name(i), iteration, lq, picture, gt)
