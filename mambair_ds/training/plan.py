@@ -53,7 +53,7 @@ def predict(config: RunConfig, parameters: int, ranks: int, *, precision: str) -
     split = [1 / ranks if train.zero_stage >= stage else 1 for stage in range(4)]  # by the stage that splits it
     each = weight * split[3] + weight * split[2] + (8 + master) * split[1] + mean * split[3] + 4
     if train.zero_stage in (1, 2):
-        each += weight  # the bucket in which gradients are reduced
+        each += weight / 4 if train.overlap_comm else weight  # what gradients are reduced in: two buckets or one
     narrow, wide = (4, 4) if precision == "fp32" else (2, 4 if precision == "bf16" else 2)
     tokens = (
         config.data.train.gt_size / network.upscale / network.window_size
