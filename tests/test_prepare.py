@@ -206,7 +206,12 @@ def test_signals_leave_a_run_to_continue(tmp_path: Path, number: signal.Signals,
     out = tmp_path / "s"
     command = [sys.executable, "-m", "mambair_ds.prepare", "--gt", tmp_path / "gt", "--scale", 2, "--out", out]
     command += ["--shard-size", 2, "--workers", 1]
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+    # A background job of a shell ignores Ctrl-C, and so would its children.
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heeded)
     deadline = time.monotonic() + 60
     while not (out / ".prepare" / "000001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
