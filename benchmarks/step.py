@@ -60,18 +60,12 @@ class Result:
 
 def measure(config: str, way: str, batch: int, side: int, repeats: int) -> Result:
     """Time steps of one way at one batch."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_config(CONFIGS / f"{config}.yml")
-    torch.manual_seed(0)
-    take = _ours(run, way, device) if way != "baseline" else _theirs(run, device)
-    scale, channels = run.network.upscale, run.network.in_chans
-    lq = torch.rand(batch, channels, side, side, device=device)
-    gt = torch.rand(batch, channels, side * scale, side * scale, device=device)
+    device, take = _ready(config, way, batch, side)
     wall, cpu = [], []
     warm_up = 1 if device.type == "cpu" else 3
     for step in range(repeats + warm_up):
         began, began_cpu = time.perf_counter(), time.process_time()
-        take(lq, gt, step)
+        take(step)
         if device.type == "cuda":
             torch.cuda.synchronize()
         wall.append(time.perf_counter() - began)
@@ -85,17 +79,11 @@ def measure(config: str, way: str, batch: int, side: int, repeats: int) -> Resul
 
 def profile(config: str, way: str, batch: int, side: int, folder: Path) -> None:
     """Write one step's time line (for ui.perfetto.dev) and the operators and kernels that take longest."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_config(CONFIGS / f"{config}.yml")
-    scale, channels = run.network.upscale, run.network.in_chans
-    torch.manual_seed(0)
-    take = _ours(run, way, device) if way != "baseline" else _theirs(run, device)
-    lq = torch.rand(batch, channels, side, side, device=device)
-    gt = torch.rand(batch, channels, side * scale, side * scale, device=device)
+    device, take = _ready(config, way, batch, side)
     for step in range(3):
-        take(lq, gt, step)
+        take(step)
     with torch.profiler.profile() as profiler:
-        take(lq, gt, 3)
+        take(3)
         if device.type == "cuda":
             torch.cuda.synchronize()
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +91,18 @@ def profile(config: str, way: str, batch: int, side: int, folder: Path) -> None:
     profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
     table = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30)
     (folder / f"{name}.txt").write_text(table)
+
+
+def _ready(config: str, way: str, batch: int, side: int) -> tuple[torch.device, Callable[[int], object]]:
+    """The device, and what takes a step of one way on random pictures, by its number."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_config(CONFIGS / f"{config}.yml")
+    torch.manual_seed(0)
+    take = _ours(run, way, device) if way != "baseline" else _theirs(run, device)
+    scale, channels = run.network.upscale, run.network.in_chans
+    lq = torch.rand(batch, channels, side, side, device=device)
+    gt = torch.rand(batch, channels, side * scale, side * scale, device=device)
+    return device, lambda step: take(lq, gt, step)
 
 
 def _theirs(run: RunConfig, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
@@ -226,7 +226,8 @@ def main() -> None:
                     f"{config}, {way}: {total:,} samples, as published, on 8 cards at {result.rate:.4g} a second each "
                     f"take {total / 8 / result.rate / 3600:.1f} h"
                 )
-    print("\n" + "\n".join(projected))
+    if projected:
+        print("\n" + "\n".join(projected))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from mambair_ds.config import UserError, load_evaluation
+    from mambair_ds.config import UserError, ValidationConfig, load_evaluation
     from mambair_ds.training import launch
 
     for path in args.out:
@@ -111,7 +111,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         gray = network.in_chans == 1 if network else args.task == "jpeg"
         method = Bicubic(network.upscale if network else args.scale, 1 if gray else 3)
     else:
-        args.precision = args.precision or (config.data.val.precision if config else "fp32")
+        args.precision = args.precision or (config.data.val if config else ValidationConfig()).precision
         method = Restorer.open(weights, config=network, device=place.device, **network_options(args))
         if args.scale not in (None, method.scale):
             raise UserError(f"--scale {args.scale}: the network of {weights} has scale {method.scale}")
