@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mambair_ds.config import OptimizerConfig, TrainConfig
+from mambair_ds.models.mambairv2 import AttentiveLayer
 
 # DeepSpeed chooses its accelerator at import.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 import deepspeed.ops
+from deepspeed.utils import set_z3_leaf_modules
 
 
 def deepspeed_config(train: TrainConfig, batch_size: int, precision: str, parameters: int) -> dict[str, Any]:
@@ -91,6 +93,10 @@ class Engine:
         self.config = deepspeed_config(train, batch_size, precision, parameters)
         self.input_dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
         optimizer = build_optimizer(train.optim, network)
+        if self.stage == 3:
+            # A layer's operators take weights of several modules. Gathered one module at a time, those would be fetched
+            # as they are touched, which compiled code does not do.
+            set_z3_leaf_modules(network, [AttentiveLayer], raise_if_not_found=False)
         self.deepspeed, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=self.config)
         self._graphs = train.cuda_graphs
         if train.compile:
