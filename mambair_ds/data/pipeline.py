@@ -1,8 +1,8 @@
 """From shards to batches: the order says what, memory maps give the pixels, DALI turns them on the device.
 
-Raw pictures are cropped out of the mapped shards by worker threads; if any picture is compressed, the files' bytes go
-to DALI's region decoder instead. Flips, transposes and JPEG run in DALI, on the CPU or on a GPU by the same pipeline,
-and pictures are handed over as uint8.
+Raw pictures are cropped out of the mapped shards, and transposed, by worker threads; if any picture is compressed, the
+files' bytes go to DALI's region decoder instead. Flips, JPEG and other transposes run in DALI, on the CPU or on a GPU
+by the same pipeline, and pictures are handed over as uint8.
 
 Noise is the exception. DALI's generators keep one state a batch, so that a sample's noise depends on its place in the
 batch and on all that was drawn before. Ours must depend on seed and position alone, for a resumed run or another
@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
@@ -296,7 +297,7 @@ class TrainStream:
             inputs.append(self._degraded(inputs[-1], samples.position))
         elif "lq" in self._members:
             inputs += self._member(samples, "lq", start, shape // scale)
-        return tuple(inputs)
+        return tuple(inputs) if self._compressed else _transposed(*inputs)
 
     def _degraded(self, crops: list[np.ndarray], positions: np.ndarray) -> list[np.ndarray]:
         """LQ (h, w, C) of every GT crop, made from it alone."""
@@ -432,6 +433,21 @@ def _jpeg_region(start: np.ndarray, end: np.ndarray, sides: np.ndarray) -> tuple
     first = np.maximum(start - 1, 0) // _JPEG_UNIT * _JPEG_UNIT
     last = np.minimum(-(-(end + 1) // _JPEG_UNIT) * _JPEG_UNIT, sides)
     return first, last
+
+
+def _transposed(
+    hflip: np.ndarray, vflip: np.ndarray, transpose: np.ndarray, *members: list[np.ndarray]
+) -> tuple[Any, ...]:
+    """A batch of crops with their transposes done: OpenCV takes 4 µs for one of 128x128, DALI 100 or more on a CPU.
+
+    To flip and then transpose is to transpose and then flip the other axis.
+    """
+    done = [
+        [cv2.transpose(crop).reshape(crop.shape) if turn else crop for crop, turn in zip(crops, transpose, strict=True)]
+        for crops in members
+    ]
+    flips = np.where(transpose, vflip, hflip), np.where(transpose, hflip, vflip)
+    return *flips, np.zeros_like(transpose), *done
 
 
 @pipeline_def(enable_conditionals=True)
