@@ -27,7 +27,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
         "backward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
         "backward_inputs": (5 * activation + pairs + 3 * entering + states + blocks * pairs + order, 12, (chunks, n)),
     }
-    activations = {"u", "delta", "y", "grad_y", "grad_u", "grad_delta"}
+    activations = {"u", "x", "delta", "y", "grad_y", "grad_u", "grad_delta"}
     activations |= {"B", "C", "prompt", "grad_B", "grad_C", "grad_prompt"}
     scalars = dict.fromkeys(("length", "segments", "channels", "chunks", "blocks"), "i32") | {"order": "*i64"}
     scalars |= dict.fromkeys(("sample_B", "row_B", "sample_C", "row_C"), "i32")
@@ -38,7 +38,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
 
     result = []
     for name, (moved, arithmetic, trips) in passes.items():
-        kernel = getattr(scan, name)
+        kernel = scan.segment_ends if name.endswith("ends") else getattr(scan, name)
         width = scan.WIDTHS["backward" if name == "backward_inputs" else "forward"]
         constants = {
             **sizes,
@@ -46,6 +46,7 @@ def cases(shape: Shape, dtype: str) -> list[Case]:
             "SOFTPLUS": True,
             "FULL": length % scan.CHUNK == 0,
             "MATRIX": dtype == "bf16",
+            "REVERSE": name == "backward_ends",
         }
         constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
         programs, work = b * segments * cdiv(d, width), tokens * d * n

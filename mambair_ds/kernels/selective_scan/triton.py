@@ -24,7 +24,7 @@ from mambair_ds.kernels.selective_scan.operator import make_operator
 SEGMENT = 64
 CHUNK = 16  # positions whose values of one state fit the registers of `backward_inputs`; half the lanes, for `_fold`
 WIDTHS = {"forward": 64, "backward": 32}  # channels of a program, whose one warp loads B and C once for all of them
-UNROLL = 8
+UNROLL = 4
 WARPS = 1
 
 
@@ -164,39 +164,81 @@ def pack(
 
 
 @triton.jit
-def forward_ends(
-    u, delta, A, rows, bias, order, ends, sums, length, segments,
+def _tokens(order, first, channels: tl.constexpr, length, COUNT: tl.constexpr, FULL: tl.constexpr):
+    """Where in their sample the rows of COUNT positions of the sequence lie; behind its end, the last one's."""
+    tokens = ()
+    for k in tl.static_range(COUNT):
+        position = first + k if FULL else tl.minimum(first + k, length - 1)
+        tokens = tokens + ((position if order is None else tl.load(order + position).to(tl.int32)) * channels,)
+    return tokens
+
+
+@triton.jit
+def _rows(pointer, tokens, d, COUNT: tl.constexpr):
+    """The rows at `tokens`, as they are: conversions wait for the loads."""
+    rows = ()
+    for k in tl.static_range(COUNT):
+        rows = rows + (tl.load(pointer + (tokens[k] + d)),)
+    return rows
+
+
+@triton.jit
+def segment_ends(
+    x, delta, A, rows, bias, order, ends, sums, length, segments,
     channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr,
-    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
+    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What every segment adds to the state, `ends` (B, segments, N, D), and its ΣΔ, `sums` (B, segments, D)."""
+    """What every segment adds to the state, `ends` (B, segments, N, D), and its ΣΔ, `sums` (B, segments, D).
+
+    x is u; or, if REVERSE, the gradient of y, and the state is r at the segment's first position.
+    """
     segment, batch, d, in_d = _place(channels, WIDTH)
     rates = _load_states(A + d, channels, N, LOG2E)
     shift = _load(bias + d)
-    start = segment * SEGMENT
-    u += batch * length * channels
+    start = segment.to(tl.int32) * SEGMENT
+    groups = tl.cdiv(tl.minimum(length - start, SEGMENT), UNROLL)
+    last = start + (groups - 1) * UNROLL
+    x += batch * length * channels
     delta += batch * length * channels
     if order is not None:
         order += batch * length
-    rows += (batch * segments * SEGMENT + start) * (2 * PAD)
+    rows += batch * segments * SEGMENT * (2 * PAD)
+    way: tl.constexpr = -1 if REVERSE else 1
+    step: tl.constexpr = way * UNROLL
+    k0: tl.constexpr = UNROLL - 1 if REVERSE else 0
+    side: tl.constexpr = PAD if REVERSE else 0
     state = ()
     for _s in tl.static_range(N):
         state = state + (tl.zeros((WIDTH,), tl.float32),)
     total = tl.zeros((WIDTH,), tl.float32)
-    steps = (length - start).to(tl.int32)
-    for group in range(tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)):
-        for k in tl.static_range(UNROLL):
-            inside = group * UNROLL + k < steps
-            at = _row(order, start + group * UNROLL, k, channels, d, inside, FULL)
-            dt = _step(_load_row(delta + at, inside, FULL) + shift, SOFTPLUS)
-            drive = dt * _load_row(u + at, inside, FULL)
+    first = last if REVERSE else start
+    tokens = _tokens(order, first, channels, length, UNROLL, FULL)
+    steps, inputs = _rows(delta, tokens, d, UNROLL), _rows(x, tokens, d, UNROLL)
+    second = tl.minimum(tl.maximum(first + step, start), last)
+    tokens = _tokens(order, second, channels, length, UNROLL, FULL)
+    numbers = _numbers(rows + ((first + k0) * (2 * PAD) + side), N)
+    for _ in range(groups):
+        third = tl.minimum(tl.maximum(second + step, start), last)
+        next_steps, next_inputs = _rows(delta, tokens, d, UNROLL), _rows(x, tokens, d, UNROLL)
+        tokens = _tokens(order, third, channels, length, UNROLL, FULL)
+        for k in tl.static_range(k0, UNROLL - 1 - k0 + way, way):
+            ahead = second + k0 if k == UNROLL - 1 - k0 else first + (k + way)
+            later = _numbers(rows + (ahead * (2 * PAD) + side), N)
+            dt = _step(steps[k].to(tl.float32) + shift, SOFTPLUS)
+            value = inputs[k].to(tl.float32)
+            if not FULL:
+                dt = tl.where(first + k < length, dt, 0.0)
             total += dt
-            b = _numbers(rows + k * (2 * PAD), N)
             new = ()
-            for s in tl.static_range(N):
-                new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * b[s],)
-            state = new
-        rows += UNROLL * 2 * PAD
+            if REVERSE:
+                for s in tl.static_range(N):
+                    new = new + (tl.exp2(dt * rates[s]) * (state[s] + value * numbers[s]),)
+            else:
+                drive = dt * value
+                for s in tl.static_range(N):
+                    new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * numbers[s],)
+            state, numbers = new, later
+        steps, inputs, first, second = next_steps, next_inputs, second, third
     place = batch * segments + segment
     for s in tl.static_range(N):
         tl.store(ends + (place * N + s) * channels + d, state[s], mask=in_d)
@@ -215,85 +257,43 @@ def forward_outputs(
     shift = _load(bias + d)
     direct = _load(D + d)
     state = _load_states(carried + (batch * segments + segment) * N * channels + d, channels, N, 1.0)
-    start = segment * SEGMENT
+    start = segment.to(tl.int32) * SEGMENT
+    end = tl.minimum(start + SEGMENT, tl.cdiv(length, CHUNK) * CHUNK)
     u += batch * length * channels
     delta += batch * length * channels
     y += batch * length * channels
     if order is not None:
         order += batch * length
-    rows += (batch * segments * SEGMENT + start) * (2 * PAD)
+    rows += batch * segments * SEGMENT * (2 * PAD)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK) * N * channels
-    left = (length - start).to(tl.int32)
-    for _ in range(tl.cdiv(tl.minimum(left, SEGMENT), CHUNK)):
+    tokens = _tokens(order, start, channels, length, UNROLL, FULL)
+    steps, inputs = _rows(delta, tokens, d, UNROLL), _rows(u, tokens, d, UNROLL)
+    later = _tokens(order, tl.minimum(start + UNROLL, end - UNROLL), channels, length, UNROLL, FULL)
+    numbers = _numbers(rows + start * (2 * PAD), 2 * PAD)
+    for chunk in range(start, end, CHUNK):
         for s in tl.static_range(N):
             tl.store(states + d + s * channels, state[s], mask=in_d)
-        for _ in range(CHUNK // UNROLL):
-            places, steps, inputs = (), (), ()  # all loads before the first store: the compiler keeps their order
+        states += N * channels
+        for first in range(chunk, chunk + CHUNK, UNROLL):
+            second = tl.minimum(first + UNROLL, end - UNROLL)
+            next_steps, next_inputs = _rows(delta, later, d, UNROLL), _rows(u, later, d, UNROLL)
+            third = _tokens(order, tl.minimum(second + UNROLL, end - UNROLL), channels, length, UNROLL, FULL)
             for k in tl.static_range(UNROLL):
-                inside = k < left
-                at = _row(order, start, k, channels, d, inside, FULL)
-                places = places + (at,)
-                steps = steps + (_load_row(delta + at, inside, FULL),)
-                inputs = inputs + (_load_row(u + at, inside, FULL),)
-            for k in tl.static_range(UNROLL):
-                dt = _step(steps[k] + shift, SOFTPLUS)
-                drive = dt * inputs[k]
-                out = direct * inputs[k]
-                b, c = _numbers(rows + k * (2 * PAD), N), _numbers(rows + k * (2 * PAD) + PAD, N)
+                ahead = second if k + 1 == UNROLL else first + (k + 1)
+                next_numbers = _numbers(rows + ahead * (2 * PAD), 2 * PAD)
+                dt = _step(steps[k].to(tl.float32) + shift, SOFTPLUS)
+                value = inputs[k].to(tl.float32)
+                drive = dt * value
+                out = direct * value
                 new = ()
                 for s in tl.static_range(N):
-                    h = tl.exp2(dt * rates[s]) * state[s] + drive * b[s]
-                    out += h * c[s]
+                    h = tl.exp2(dt * rates[s]) * state[s] + drive * numbers[s]
+                    out += h * numbers[PAD + s]
                     new = new + (h,)
-                state = new
-                tl.store(y + places[k], out.to(y.dtype.element_ty), mask=in_d if FULL else in_d & (k < left))
-            start += UNROLL
-            rows += UNROLL * 2 * PAD
-            left -= UNROLL
-        states += N * channels
-
-
-@triton.jit
-def backward_ends(
-    grad_y, delta, A, rows, bias, order, ends, sums, length, segments,
-    channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr,
-    WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """The mirror of `forward_ends`: what every segment adds to r at its first position, and its ΣΔ."""
-    segment, batch, d, in_d = _place(channels, WIDTH)
-    rates = _load_states(A + d, channels, N, LOG2E)
-    shift = _load(bias + d)
-    start = segment * SEGMENT
-    steps = (length - start).to(tl.int32)
-    groups = tl.cdiv(tl.minimum(steps, SEGMENT), UNROLL)
-    first = start + groups * UNROLL
-    grad_y += batch * length * channels
-    delta += batch * length * channels
-    if order is not None:
-        order += batch * length
-    rows += (batch * segments * SEGMENT + first) * (2 * PAD)
-    state = ()
-    for _s in tl.static_range(N):
-        state = state + (tl.zeros((WIDTH,), tl.float32),)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for i in range(groups):
-        first -= UNROLL
-        rows -= UNROLL * 2 * PAD
-        for k in tl.static_range(UNROLL - 1, -1, -1):
-            inside = (groups - 1 - i) * UNROLL + k < steps
-            at = _row(order, first, k, channels, d, inside, FULL)
-            dt = _step(_load_row(delta + at, inside, FULL) + shift, SOFTPLUS)
-            gy = _load_row(grad_y + at, inside, FULL)
-            total += dt
-            c = _numbers(rows + k * (2 * PAD) + PAD, N)
-            new = ()
-            for s in tl.static_range(N):
-                new = new + (tl.exp2(dt * rates[s]) * (state[s] + gy * c[s]),)
-            state = new
-    place = batch * segments + segment
-    for s in tl.static_range(N):
-        tl.store(ends + (place * N + s) * channels + d, state[s], mask=in_d)
-    tl.store(sums + place * channels + d, total, mask=in_d)
+                state, numbers = new, next_numbers
+                inside = in_d if FULL else in_d & (first + k < length)
+                tl.store(y + (tokens[k] + d), out.to(y.dtype.element_ty), mask=inside)
+            steps, inputs, tokens, later = next_steps, next_inputs, later, third
 
 
 @triton.jit
@@ -343,6 +343,12 @@ def _sum_lanes(values, sums, ones, lane, GROUP: tl.constexpr, MATRIX: tl.constex
     total += tl.gather(total, lane ^ 1, 0)
     total += tl.gather(total, lane ^ 2, 0)
     return tl.where(lane % 4 == GROUP, total, sums[0]), sums[1], sums[2], sums[3]
+
+
+@triton.jit
+def _load_turn(states, A, grad_states, part_A, at, in_d):
+    """What `backward_inputs` needs of one state; h is 0 in channels that do not exist."""
+    return tl.load(states + at, mask=in_d, other=0.0), _load(A + at), _load(grad_states + at), _load(part_A + at)
 
 
 @triton.jit
@@ -404,13 +410,12 @@ def backward_inputs(
             gy = gy + (_load_row(grad_y + at, inside, FULL),)
             g_dt = g_dt + (tl.zeros((WIDTH,), tl.float32),)
             g_drive = g_drive + (tl.zeros((WIDTH,), tl.float32),)
-        ahead = tl.load(states + d, mask=in_d, other=0.0)
+        ahead = _load_turn(states, A, grad_states, part_A, d, in_d)
         for s in range(0, N):
-            h = ahead  # loaded one turn early, as it comes from afar
-            ahead = tl.load(states + d + (s + 1) * channels, mask=in_d & (s + 1 < N), other=0.0)
-            rate = _load(A + s * channels + d) * LOG2E
-            r = _load(grad_states + d + s * channels)
-            g_rate = _load(part_A + d + s * channels)
+            h, rate, r, g_rate = ahead  # loaded one turn early, as they come from afar
+            rate *= LOG2E
+            following = tl.minimum(s + 1, N - 1) * channels + d
+            ahead = _load_turn(states, A, grad_states, part_A, following, in_d)
             zero = tl.zeros((WIDTH,), tl.float32)
             sums = (zero, zero, zero, zero)
             b, c = _numbers(columns + s * (2 * CHUNK), CHUNK), _numbers(columns + s * (2 * CHUNK) + CHUNK, CHUNK)
@@ -546,7 +551,7 @@ def forward(
     sizes |= {"SOFTPLUS": delta_softplus, "FULL": length % CHUNK == 0}
     with torch.cuda.device_of(u):
         rows, _ = _pack(B, C, prompt, order, segments, columns=False)
-        forward_ends[grid](u, delta, rates, rows, delta_bias, order, entering, sums, **sizes)
+        segment_ends[grid](u, delta, rates, rows, delta_bias, order, entering, sums, REVERSE=False, **sizes)
         _carry(rates, entering, sums, reverse=False)
         forward_outputs[grid](u, delta, rates, rows, D, delta_bias, order, entering, states, y, CHUNK=CHUNK, **sizes)
     return y, states
@@ -582,9 +587,9 @@ def backward(
     with torch.cuda.device_of(u):
         rows, columns = _pack(B, C, prompt, order, segments, columns=True)
         grid = (segments * triton.cdiv(channels, WIDTHS["forward"]), batch)
-        backward_ends[grid](
+        segment_ends[grid](
             grad_y, delta, rates, rows, delta_bias, order, grad_states, sums,
-            PAD=_pad(A.shape[1]), UNROLL=UNROLL, WIDTH=WIDTHS["forward"], **sizes,
+            PAD=_pad(A.shape[1]), UNROLL=UNROLL, WIDTH=WIDTHS["forward"], REVERSE=True, **sizes,
         )  # fmt: skip
         _carry(rates, grad_states, sums, reverse=True)
         backward_inputs[segments * blocks, batch](
