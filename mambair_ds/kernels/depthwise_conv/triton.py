@@ -60,12 +60,29 @@ def _load(pointer, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_row(x, inside, column, width, stride: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr):
-    """COUNT positions from x on, the first at `column`; if MASKED, zeros for a row or a column outside the picture."""
+def _load_row(x, inside, column, width, stride: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT positions from x on, the first at `column`; zeros for a row or a column outside the picture."""
     row = ()
     for j in tl.static_range(COUNT):
-        row = row + (_load(x + j * stride, inside & (column + j >= 0) & (column + j < width), MASKED),)
+        row = row + (_load(x + j * stride, inside & (column + j >= 0) & (column + j < width), True),)
     return row
+
+
+@triton.jit
+def _fetch_row(x, wanted, stride: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT positions from x on, all in the picture, not converted yet; none if not wanted."""
+    row = ()
+    for j in tl.static_range(COUNT):
+        row = row + (tl.load(x + j * stride, mask=wanted),)
+    return row
+
+
+@triton.jit
+def _to_float(row):
+    values = ()
+    for j in tl.static_range(len(row)):
+        values = values + (row[j].to(tl.float32),)
+    return values
 
 
 @triton.jit
@@ -74,7 +91,7 @@ def _load_window(x, lane, row, column, height, width, stride: tl.constexpr, K: t
     window = ()
     for a in tl.static_range(K - 1):
         inside = (row + a >= 0) & (row + a < height)
-        window = window + _load_row(x + lane, inside, column, width, stride, COUNT, True)
+        window = window + _load_row(x + lane, inside, column, width, stride, COUNT)
         x += width * stride
     return window
 
@@ -106,7 +123,7 @@ def _dot(window, j: tl.constexpr, taps, total, K: tl.constexpr):
 
 @triton.jit
 def _convolve_row(
-    rows, taps, shift, other, y, left, exists, channels: tl.constexpr, other_stride: tl.constexpr,
+    rows, taps, shift, others, y, left, exists, channels: tl.constexpr,
     K: tl.constexpr, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store one row of y, of which `left` columns are left in the picture."""
@@ -119,9 +136,9 @@ def _convolve_row(
         elif EPILOGUE == "sigmoid_gate":
             c = center * _sigmoid(c)
         elif EPILOGUE == "gate":
-            c = c * _load(other + j * other_stride, j < left, MASKED)
+            c = c * others[j]
         elif EPILOGUE == "add":
-            c = c + _load(other + j * other_stride, j < left, MASKED)
+            c = c + others[j]
         tl.store(y + j * channels, c.to(y.dtype.element_ty), mask=exists & (j < left) if MASKED else exists)
 
 
@@ -147,23 +164,26 @@ def convolve_tiles(
     x += (K - 1) * width * x_stride
     end = tl.minimum(row + ROWS, height)
     groups = _unmasked(row, end, column, height, width, K, COLUMNS, STEPS)
-    for _ in range(groups):
-        for _a in tl.static_range(STEPS):
-            rows = window + _load_row(x + x_lane, True, column, width, x_stride, SPAN, False)
-            _convolve_row(
-                rows, taps, shift, other + other_lane, y + y_lane, COLUMNS, exists, channels, other_stride,
-                K, EPILOGUE, COLUMNS, False,
-            )  # fmt: skip
-            window = rows[SPAN:]
+    OTHERS: tl.constexpr = COLUMNS if EPILOGUE == "gate" or EPILOGUE == "add" else 0
+    ahead = _fetch_row(x + x_lane, groups > 0, x_stride, SPAN)
+    others = _fetch_row(other + other_lane, groups > 0, other_stride, OTHERS)
+    for i in range(groups):
+        for a in tl.static_range(STEPS):
+            rows, values = window + _to_float(ahead), _to_float(others)
             x += width * x_stride
             other += width * other_stride
+            further = True if a + 1 < STEPS else i + 1 < groups  # its row; loaded before this one's is needed
+            ahead = _fetch_row(x + x_lane, further, x_stride, SPAN)
+            others = _fetch_row(other + other_lane, further, other_stride, OTHERS)
+            _convolve_row(rows, taps, shift, values, y + y_lane, COLUMNS, exists, channels, K, EPILOGUE, COLUMNS, False)
+            window = rows[SPAN:]
             y += width * channels
     for i in range(row + groups * STEPS, end):
-        rows = window + _load_row(x + x_lane, i + HALF < height, column - HALF, width, x_stride, SPAN, True)
+        rows = window + _load_row(x + x_lane, i + HALF < height, column - HALF, width, x_stride, SPAN)
+        values = _load_row(other + other_lane, True, column, width, other_stride, OTHERS)
         _convolve_row(
-            rows, taps, shift, other + other_lane, y + y_lane, width - column, exists, channels, other_stride,
-            K, EPILOGUE, COLUMNS, True,
-        )  # fmt: skip
+            rows, taps, shift, values, y + y_lane, width - column, exists, channels, K, EPILOGUE, COLUMNS, True
+        )
         window = rows[SPAN:]
         x += width * x_stride
         other += width * other_stride
@@ -172,15 +192,14 @@ def convolve_tiles(
 
 @triton.jit
 def _differentiate_row(
-    rows, taps, shift, total, sums, grad, gate, grad_c, extra, left, exists,
-    channels: tl.constexpr, gate_stride: tl.constexpr,
+    rows, taps, shift, total, sums, grads, gates, grad_c, extra, left, exists, channels: tl.constexpr,
     K: tl.constexpr, EPILOGUE: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store one row of grad_c and extra; the sums of the gradients of bias and kernel with this row's."""
     SPAN: tl.constexpr = COLUMNS + K - 1
     for j in tl.static_range(COLUMNS):
         inside = exists & (j < left) if MASKED else exists
-        g = _load(grad + j * channels, j < left, MASKED)
+        g = grads[j]
         if EPILOGUE != "none":
             c = _dot(rows, j, taps, shift, K)
             if EPILOGUE == "gelu_residual":
@@ -191,7 +210,7 @@ def _differentiate_row(
                 g = c * (rows[K // 2 * SPAN + j + K // 2] * (1.0 - s))
             elif EPILOGUE == "gate":
                 c = g * c
-                g = g * _load(gate + j * gate_stride, j < left, MASKED)
+                g = g * gates[j]
             if EPILOGUE != "gelu_residual":
                 tl.store(extra + j * channels, c.to(extra.dtype.element_ty), mask=inside)
             tl.store(grad_c + j * channels, g.to(grad_c.dtype.element_ty), mask=inside)
@@ -233,24 +252,34 @@ def differentiate_tiles(
     x += (K - 1) * width * x_stride
     end = tl.minimum(row + ROWS, height)
     groups = _unmasked(row, end, column, height, width, K, COLUMNS, STEPS)
-    for _ in range(groups):
-        for _a in tl.static_range(STEPS):
-            rows = window + _load_row(x + x_lane, True, column, width, x_stride, SPAN, False)
+    GATES: tl.constexpr = COLUMNS if EPILOGUE == "gate" else 0
+    ahead = _fetch_row(x + x_lane, groups > 0, x_stride, SPAN)
+    grads = _fetch_row(grad + lane, groups > 0, channels, COLUMNS)
+    gates = _fetch_row(gate + gate_lane, groups > 0, gate_stride, GATES)
+    for i in range(groups):
+        for a in tl.static_range(STEPS):
+            rows, g, values = window + _to_float(ahead), _to_float(grads), _to_float(gates)
+            x += width * x_stride
+            grad += width * channels
+            gate += width * gate_stride
+            further = True if a + 1 < STEPS else i + 1 < groups
+            ahead = _fetch_row(x + x_lane, further, x_stride, SPAN)
+            grads = _fetch_row(grad + lane, further, channels, COLUMNS)
+            gates = _fetch_row(gate + gate_lane, further, gate_stride, GATES)
             total, sums = _differentiate_row(
-                rows, taps, shift, total, sums, grad + lane, gate + gate_lane, grad_c + lane, extra + lane, COLUMNS,
-                exists, channels, gate_stride, K, EPILOGUE, COLUMNS, False,
+                rows, taps, shift, total, sums, g, values, grad_c + lane, extra + lane, COLUMNS, exists, channels,
+                K, EPILOGUE, COLUMNS, False,
             )  # fmt: skip
             window = rows[SPAN:]
-            x += width * x_stride
-            gate += width * gate_stride
-            grad += width * channels
             grad_c += width * channels
             extra += width * channels
     for i in range(row + groups * STEPS, end):
-        rows = window + _load_row(x + x_lane, i + HALF < height, column - HALF, width, x_stride, SPAN, True)
+        rows = window + _load_row(x + x_lane, i + HALF < height, column - HALF, width, x_stride, SPAN)
+        g = _load_row(grad + lane, True, column, width, channels, COLUMNS)
+        values = _load_row(gate + gate_lane, True, column, width, gate_stride, GATES)
         total, sums = _differentiate_row(
-            rows, taps, shift, total, sums, grad + lane, gate + gate_lane, grad_c + lane, extra + lane, width - column,
-            exists, channels, gate_stride, K, EPILOGUE, COLUMNS, True,
+            rows, taps, shift, total, sums, g, values, grad_c + lane, extra + lane, width - column, exists, channels,
+            K, EPILOGUE, COLUMNS, True,
         )  # fmt: skip
         window = rows[SPAN:]
         x += width * x_stride
