@@ -238,14 +238,15 @@ def differentiate_bias(
         place_k, region_k, entry_k = _tokens(first_key, where, width, WINDOW, KEYS)
         q = _load_only(x, place, STRIDE, skip, DIM, PADDED, ODD)
         k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
+        g = _load_only(grad + pixel * (HEADS * DIM) + channel, place, HEADS * DIM, skip, DIM, PADDED, ODD)
+        numbers = pixel * HEADS + head + place * HEADS
+        log, product = tl.load(lse + numbers), tl.load(delta + numbers)
         biases = _load_table(table + zero, head, WINDOW)
         place_in_table = entry[:, None] - entry_k[None]
         logits = _logits(q, k, place_in_table, region, region_k, where, biases, WINDOW, SCALE, SHIFT, PRECISION)
-        numbers = pixel * HEADS + head + place * HEADS
-        weights = tl.exp2(logits * (SCALE * LOG2E) - tl.load(lse + numbers)[:, None])
-        g = _load_only(grad + pixel * (HEADS * DIM) + channel, place, HEADS * DIM, skip, DIM, PADDED, ODD)
+        weights = tl.exp2(logits * (SCALE * LOG2E) - log[:, None])
         v = _load(x + 2 * HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
-        total += weights * (dot(g, tl.trans(v), None, PRECISION) - tl.load(delta + numbers)[:, None])
+        total += weights * (dot(g, tl.trans(v), None, PRECISION) - product[:, None])
     row = (group * HEADS + head) * TOKENS + first + tl.arange(0, QUERIES)
     column = first_key + tl.arange(0, KEYS)
     tl.store(part + row[:, None] * TOKENS + column[None], total)
