@@ -180,30 +180,52 @@ def compile_kernel(case: Case, capability: int) -> Compiled:
         file.write(compiled.asm["cubin"])
         file.flush()
         report = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        code = _tool("nvdisasm", "-c", "-hex", file.name)
     numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
     assert numbers is not None, report
     registers, stack, _ = (int(number) for number in numbers.groups())
     return Compiled(registers, stack, compiled.metadata.shared, code)
 
 
-def _parse(code: str) -> tuple[list[str], list[list[int]]]:
-    """The instructions with their operands, and which of them can follow each."""
-    instructions: list[str] = []
-    guarded: list[bool] = []
+@dataclass(frozen=True)
+class Instruction:
+    """One of the code's, and how it is bound to those around it."""
+
+    text: str
+    """Name and operands."""
+    following: tuple[int, ...]
+    """What can run next, by place in the code."""
+    stall: int
+    """Cycles until then at least."""
+    result: int | None
+    """The scoreboard that waits for its result, of six."""
+    read: int | None
+    """The one that waits until it has read its operands."""
+    waits: tuple[int, ...]
+    """The scoreboards it waits for."""
+
+
+def parse(code: str) -> list[Instruction]:
+    """The instructions of nvdisasm's text, whose second number of each holds in its bits 41 to 57 what binds it."""
+    lines: list[tuple[str, bool]] = []
+    controls: list[int] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(instructions)
+            labels[label[1]] = len(lines)
         elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(@!?\w+\s+)?(\w.*?)\s*;", line):
-            instructions.append(match[2])
-            guarded.append(match[1] is not None)
-    following = []
-    for i, (instruction, guard) in enumerate(zip(instructions, guarded, strict=True)):
-        ends = not guard and re.match(r"(EXIT|RET|BRA\s+`)", instruction)
-        targets = [labels[name] for name in re.findall(r"`\((\.L\w+)\)", instruction) if name in labels]
-        following.append([j for j in [*targets, *([] if ends else [i + 1])] if j < len(instructions)])
-    return instructions, following
+            lines.append((match[2], match[1] is not None))
+        elif match := re.match(r"\s*/\* 0x([0-9a-f]+) \*/\s*$", line):
+            controls.append(int(match[1], 16) >> 41)
+    result = []
+    for i, ((text, guarded), control) in enumerate(zip(lines, controls, strict=True)):
+        ends = not guarded and re.match(r"(EXIT|RET|BRA\s+`)", text)
+        targets = [labels[name] for name in re.findall(r"`\((\.L\w+)\)", text) if name in labels]
+        following = tuple(j for j in [*targets, *([] if ends else [i + 1])] if j < len(lines))
+        result_board, read_board = (board if board < 6 else None for board in (control >> 5 & 7, control >> 8 & 7))
+        waits = tuple(board for board in range(6) if control >> (11 + board) & 1)
+        result.append(Instruction(text, following, control & 15, result_board, read_board, waits))
+    return result
 
 
 def _reach(start: int, following: Sequence[Sequence[int]], without: int | None = None) -> set[int]:
@@ -217,27 +239,28 @@ def _reach(start: int, following: Sequence[Sequence[int]], without: int | None =
     return seen
 
 
-def _loops(following: list[list[int]]) -> dict[int, set[int]]:
+def loops(code: list[Instruction]) -> dict[int, set[int]]:
     """The instructions of every loop by its first: of a branch back to where every path to that branch came through.
 
-    So a jump back from code that was moved out of the way is none.
+    So a jump back from code that was moved out of the way is none, nor is a loop that only waits.
     """
+    following = [instruction.following for instruction in code]
     before: list[list[int]] = [[] for _ in following]
     for i, targets in enumerate(following):
         for j in targets:
             before[j].append(i)
-    loops: dict[int, set[int]] = {}
+    found: dict[int, set[int]] = {}
     for i in _reach(0, following):
         for start in following[i]:
             if start <= i and i not in _reach(0, following, start):
-                loops.setdefault(start, {start}).update(_reach(i, before, start))
-    return loops
+                found.setdefault(start, {start}).update(_reach(i, before, start))
+    return {start: body for start, body in found.items() if not _waits([code[i].text for i in body])}
 
 
-def _waits(body: set[int], instructions: list[str]) -> bool:
+def _waits(body: list[str]) -> bool:
     """Whether a loop does nothing but wait, for a barrier or for memory of the matrix units."""
-    names = {re.split(r"\W", instructions[i])[0] for i in body}
-    waits = any("TRYWAIT" in instructions[i] or "NANOSLEEP" in instructions[i] for i in body)
+    names = {re.split(r"\W", text)[0] for text in body}
+    waits = any("TRYWAIT" in text or "NANOSLEEP" in text for text in body)
     return waits and len(body) <= LONGEST_WAIT and not any(names & members for members in KINDS.values())
 
 
@@ -247,34 +270,33 @@ def count(code: str, trips: tuple[float, ...]) -> dict[str, float]:
     Raises:
         ValueError: the code has another number of loops.
     """
-    instructions, following = _parse(code)
-    loops = {start: body for start, body in _loops(following).items() if not _waits(body, instructions)}
-    if len(loops) != len(trips):
-        found = sorted((start, len(body)) for start, body in loops.items())
-        raise ValueError(f"the code has {len(loops)} loops, expected {len(trips)}: (start, length) {found}")
+    instructions = parse(code)
+    bodies = loops(instructions)
+    if len(bodies) != len(trips):
+        found = sorted((start, len(body)) for start, body in bodies.items())
+        raise ValueError(f"the code has {len(bodies)} loops, expected {len(trips)}: (start, length) {found}")
     kinds = {name: kind for kind, members in KINDS.items() for name in members}
     counts: dict[str, float] = defaultdict(float)
     for i, instruction in enumerate(instructions):
         weight = 1.0
-        for start, trip in zip(sorted(loops), trips, strict=True):
-            weight *= trip if i in loops[start] else 1
-        name = re.split(r"\W", instruction)[0]
+        for start, trip in zip(sorted(bodies), trips, strict=True):
+            weight *= trip if i in bodies[start] else 1
+        name = re.split(r"\W", instruction.text)[0]
         if name != "NOP":
             counts[kinds.get(name, "other")] += weight
     return counts
 
 
-def measure(case: Case, shape: str, capability: int) -> Cost:
-    """Compile and count.
+def measure(case: Case, shape: str, compiled: Compiled) -> Cost:
+    """Count what the case's code costs at a shape.
 
     Warns:
         The case does not say how often the kernel's loops run: its counts, times and ratio are NaN.
     """
-    compiled = compile_kernel(case, capability)
     try:
         counts = count(compiled.code, case.trips)
     except ValueError as error:
-        warnings.warn(f"sm_{capability}, {shape}, {case.name}: {error}", stacklevel=2)
+        warnings.warn(f"{shape}, {case.name}: {error}", stacklevel=2)
         counts = dict.fromkeys([*KINDS, "other"], float("nan"))
     warps = case.programs * case.warps
     return Cost(

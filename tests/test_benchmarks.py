@@ -1,4 +1,4 @@
-"""The operator benchmark: its whole table at tiny sizes, and that a wrong operator is not timed."""
+"""The benchmarks: the table of operators at tiny sizes, that a wrong one is not timed, and the model of waiting."""
 
 import importlib
 import json
@@ -87,3 +87,39 @@ def test_a_missing_peer_is_explained(operators: ModuleType, tmp_path: Path) -> N
     peer = importlib.import_module("mamba_ssm_peer")
     assert str(peer.load(None)).startswith("not available: ")
     assert str(peer.load(tmp_path)).startswith("not available: ")
+
+
+FREE = 7  # no scoreboard
+
+
+def _line(text: str, stall: int = 1, result: int = FREE, read: int = FREE, waits: int = 0) -> str:
+    """An instruction as nvdisasm prints it."""
+    control = (stall | result << 5 | read << 8 | waits << 11) << 41
+    return f"        /*0000*/    {text} ;    /* 0x0000000000000000 */\n    /* 0x{control:016x} */\n"
+
+
+@pytest.mark.parametrize(("warps", "expected"), [(1, 606), (4, 618)])
+def test_simulated_warps_wait_for_memory_side_by_side(warps: int, expected: int, operators: ModuleType) -> None:
+    code = _line("LDG.E R0, desc[UR4][R2.64]", result=0) + _line("FADD R0, R0, R1", waits=1) + _line("EXIT")
+    assert _cycles(code, warps) == pytest.approx(expected, abs=8)
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+def test_simulated_warps_take_turns_at_a_unit(warps: int, operators: ModuleType) -> None:
+    assert _cycles(_line("MUFU.EX2 R0, R1") * 10 + _line("EXIT"), warps) == pytest.approx(80 * warps, abs=10)
+
+
+def test_a_simulated_loop_runs_as_often_as_the_case_says(operators: ModuleType) -> None:
+    loop = ".L_0:\n" + _line("FADD R0, R0, R1", stall=4) + _line("@P0 BRA `(.L_0)", stall=5)
+    assert _cycles(loop + _line("EXIT"), 1, trips=(20,)) == pytest.approx(180, abs=3)
+    with pytest.raises(ValueError, match="zip"):
+        _cycles(loop + _line("EXIT"), 1)
+
+
+def _cycles(code: str, warps: int, trips: tuple[float, ...] = ()) -> float:
+    """Of all multiprocessors' quarters with so many warps each."""
+    disassembly, simulation = importlib.import_module("disassembly"), importlib.import_module("simulation")
+    programs = 4 * warps * simulation.MULTIPROCESSORS
+    case = disassembly.Case(None, "", {}, {}, 1, programs, "", 1, 1, 1, trips, 1)
+    time, _ = simulation.simulate(case, disassembly.Compiled(32, 0, 0, code))
+    return time / 1e3 * simulation.CLOCK
