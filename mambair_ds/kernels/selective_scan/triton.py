@@ -216,14 +216,12 @@ def segment_ends(
     steps, inputs = _rows(delta, tokens, d, UNROLL), _rows(x, tokens, d, UNROLL)
     second = tl.minimum(tl.maximum(first + step, start), last)
     tokens = _tokens(order, second, channels, length, UNROLL, FULL)
-    numbers = _numbers(rows + ((first + k0) * (2 * PAD) + side), N)
     for _ in range(groups):
         third = tl.minimum(tl.maximum(second + step, start), last)
         next_steps, next_inputs = _rows(delta, tokens, d, UNROLL), _rows(x, tokens, d, UNROLL)
         tokens = _tokens(order, third, channels, length, UNROLL, FULL)
         for k in tl.static_range(k0, UNROLL - 1 - k0 + way, way):
-            ahead = second + k0 if k == UNROLL - 1 - k0 else first + (k + way)
-            later = _numbers(rows + (ahead * (2 * PAD) + side), N)
+            numbers = _numbers(rows + ((first + k) * (2 * PAD) + side), N)
             dt = _step(steps[k].to(tl.float32) + shift, SOFTPLUS)
             value = inputs[k].to(tl.float32)
             if not FULL:
@@ -237,7 +235,7 @@ def segment_ends(
                 drive = dt * value
                 for s in tl.static_range(N):
                     new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * numbers[s],)
-            state, numbers = new, later
+            state = new
         steps, inputs, first, second = next_steps, next_inputs, second, third
     place = batch * segments + segment
     for s in tl.static_range(N):
@@ -269,7 +267,6 @@ def forward_outputs(
     tokens = _tokens(order, start, channels, length, UNROLL, FULL)
     steps, inputs = _rows(delta, tokens, d, UNROLL), _rows(u, tokens, d, UNROLL)
     later = _tokens(order, tl.minimum(start + UNROLL, end - UNROLL), channels, length, UNROLL, FULL)
-    numbers = _numbers(rows + start * (2 * PAD), 2 * PAD)
     for chunk in range(start, end, CHUNK):
         for s in tl.static_range(N):
             tl.store(states + d + s * channels, state[s], mask=in_d)
@@ -279,8 +276,7 @@ def forward_outputs(
             next_steps, next_inputs = _rows(delta, later, d, UNROLL), _rows(u, later, d, UNROLL)
             third = _tokens(order, tl.minimum(second + UNROLL, end - UNROLL), channels, length, UNROLL, FULL)
             for k in tl.static_range(UNROLL):
-                ahead = second if k + 1 == UNROLL else first + (k + 1)
-                next_numbers = _numbers(rows + ahead * (2 * PAD), 2 * PAD)
+                numbers = _numbers(rows + (first + k) * (2 * PAD), 2 * PAD)
                 dt = _step(steps[k].to(tl.float32) + shift, SOFTPLUS)
                 value = inputs[k].to(tl.float32)
                 drive = dt * value
@@ -290,7 +286,7 @@ def forward_outputs(
                     h = tl.exp2(dt * rates[s]) * state[s] + drive * numbers[s]
                     out += h * numbers[PAD + s]
                     new = new + (h,)
-                state, numbers = new, next_numbers
+                state = new
                 inside = in_d if FULL else in_d & (first + k < length)
                 tl.store(y + (tokens[k] + d), out.to(y.dtype.element_ty), mask=inside)
             steps, inputs, tokens, later = next_steps, next_inputs, later, third
