@@ -621,6 +621,6 @@ def selective_scan(
     delta_softplus: bool,
 ) -> Tensor:
     """See `mambair_ds.kernels.selective_scan.selective_scan`; a sample of 2^31 numbers or more is a ValueError."""
-    if u.shape[1] * u.shape[2] >= 2**31:
+    if u.shape[1] * max(u.shape[2], 2 * _pad(A.shape[1])) >= 2**31:
         raise ValueError(f"selective_scan: a sample of shape {tuple(u.shape[1:])} has 2^31 numbers or more")
     return _operator(u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus)[0]
