@@ -10,6 +10,7 @@ same run. Kept is what autograd saves besides the inputs. GPUs compute in bfloat
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -76,6 +78,8 @@ class Row:
     kept: dict[str, int] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     """Allocated at most in both passes, besides the inputs; CUDA only."""
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the GPU ran for ours in the pass "forward" or "backward", and how long; CUDA only."""
 
 
 def leaves(inputs: Tensors, dtype: torch.dtype | None = None) -> Tensors:
@@ -157,6 +161,35 @@ def time_sides(sides: list[Side], flush: Tensor | None, seconds: float) -> dict[
     }
 
 
+def time_kernels(side: Side, flush: Tensor) -> dict[str, dict[str, float]]:
+    """What the GPU runs in each pass, with cold caches, in ms: medians of three runs."""
+    inputs = leaves(side.inputs)
+    runs: dict[str, list[dict[str, float]]] = {"forward": [], "backward": []}
+
+    def profiled(name: str, run: Callable[[], Any]) -> Any:
+        flush.zero_()
+        flush.sum()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            result = run()
+            torch.cuda.synchronize()
+        times: dict[str, float] = defaultdict(float)
+        for event in profiler.events() or ():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                times[event.name] += event.time_range.elapsed_us() / 1e3
+        runs[name].append(times)
+        return result
+
+    for _ in range(3):
+        outputs = profiled("forward", lambda: forward(side.function, inputs))
+        grads = [y.detach() for y in outputs if y.requires_grad]
+        profiled("backward", functools.partial(backward, outputs, inputs, grads))
+    return {
+        name: {kernel: statistics.median(run.get(kernel, 0.0) for run in three) for kernel in three[0]}
+        for name, three in runs.items()
+    }
+
+
 def memory(side: Side) -> tuple[int, int | None]:
     """Bytes kept between the passes, and at the peak."""
     inputs, kept = leaves(side.inputs), {}
@@ -193,6 +226,7 @@ def measure(shape: str, operator: str, job: Job, flush: Tensor | None, seconds: 
         row.state = "WRONG: " + ", ".join(f"{name} off by {error:.1e}" for name, error in off.items())
         return row
     row.times = time_sides([job.ours, *job.peers], flush, seconds)
+    row.kernels = {} if flush is None else time_kernels(job.ours, flush)
     for side in (job.ours, *(peer for peer in job.peers if not peer.once)):
         row.kept[side.name], peak = memory(side)
         row.peak |= {} if peak is None else {side.name: peak}
@@ -235,6 +269,19 @@ def table(rows: list[Row]) -> list[str]:
             cells += [size(sizes, name) for sizes in (row.kept, row.peak) for name in ("ours", peer)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def kernel_table(rows: list[Row]) -> list[str]:
+    """Markdown, a line for each of our kernels and what PyTorch runs beside them; what takes under 1 us is left out."""
+    lines = ["| shape | operator | pass | kernel | ms |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row.shape} | {row.operator} | {name} | {kernel[:60]} | {time:.3f} |"
+        for row in rows
+        for name, times in row.kernels.items()
+        for kernel, time in sorted(times.items(), key=lambda item: -item[1])
+        if time >= 1e-3
+    ]
+    return [*lines, ""] if len(lines) > 2 else []
 
 
 def judge(rows: list[Row], device: str) -> list[str]:
@@ -309,7 +356,9 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         print(f"{shape} {operator}: {row.state} {row.times}", flush=True)
 
-    report = "\n".join(["\n\n".join(facts), "", *table(rows), "", *judge(rows, options.device), ""])
+    report = "\n".join(
+        ["\n\n".join(facts), "", *table(rows), "", *kernel_table(rows), *judge(rows, options.device), ""]
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "operators.md").write_text(report)
     results = {"facts": facts, "rates": rates and asdict(rates), "rows": [asdict(row) for row in rows]}

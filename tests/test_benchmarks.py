@@ -116,6 +116,19 @@ def test_a_simulated_loop_runs_as_often_as_the_case_says(operators: ModuleType) 
         _cycles(loop + _line("EXIT"), 1)
 
 
+def test_settings_of_a_variant_are_taken_back(operators: ModuleType) -> None:
+    module = ModuleType("kernels")
+    module.UNROLL, module.TILES = 4, {"convolve": {"ROWS": 16}}  # type: ignore[attr-defined]
+    before = dict(vars(module))
+    changed = importlib.import_module("variants").changed
+    with changed(module, {"UNROLL": 8, "TILES.convolve.ROWS": 32}):
+        assert (module.UNROLL, module.TILES["convolve"]["ROWS"]) == (8, 32)
+    assert vars(module) == before and module.TILES["convolve"]["ROWS"] == 16
+    with pytest.raises(KeyError, match="ROW"), changed(module, {"UNROLL": 8, "TILES.convolve.ROW": 32}):
+        pass
+    assert module.UNROLL == 4
+
+
 def _cycles(code: str, warps: int, trips: tuple[float, ...] = ()) -> float:
     """Of all multiprocessors' quarters with so many warps each."""
     disassembly, simulation = importlib.import_module("disassembly"), importlib.import_module("simulation")

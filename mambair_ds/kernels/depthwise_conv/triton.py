@@ -23,6 +23,10 @@ from mambair_ds.kernels.depthwise_conv.operator import EPS, make_operator
 from mambair_ds.kernels.gpu import gelu, gelu_slope
 
 WARPS = 1
+TILES = {
+    "convolve": {"ROWS": 16, "COLUMNS": 4, "WIDTH": 64, "STEPS": 4},
+    "differentiate": {"ROWS": 32, "COLUMNS": 4, "WIDTH": 32, "STEPS": 2},
+}
 NORM_WARPS = 4
 NORM_STEPS = 4
 """How many tiles of tokens a program of `normalize_tokens_backward` takes."""
@@ -351,8 +355,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 
 def constants(kernel: str, k: int, epilogue: str) -> dict[str, int | str]:
     """The `tl.constexpr` arguments of the kernel "convolve" or "differentiate" besides channels and strides."""
-    tile = {"ROWS": 16, "WIDTH": 64, "STEPS": 4} if kernel == "convolve" else {"ROWS": 32, "WIDTH": 32, "STEPS": 2}
-    return {"K": k, "EPILOGUE": epilogue, **tile, "COLUMNS": 4}
+    return {"K": k, "EPILOGUE": epilogue, **TILES[kernel]}
 
 
 def norm_constants(channels: int) -> dict[str, int]:
