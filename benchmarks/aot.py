@@ -16,9 +16,10 @@ import argparse
 import dataclasses
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from disassembly import KINDS, SHAPES, Case, Cost, compile_kernel, measure
+from disassembly import KINDS, SHAPES, Cost, compile_kernel, measure
 from simulation import resident, simulate
 
 OPERATORS = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[a-z]*.py"))
@@ -31,9 +32,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", help="of the activations, bf16 or fp32 (default bf16)")
     parser.add_argument("--shape", choices=SHAPES, help="one shape instead of all")
     parser.add_argument("--operator", choices=OPERATORS, help="one operator instead of all")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON object a kernel instead of the table")
-    how.add_argument("--simulate", action="store_true", help="times with all waiting, on an H200's multiprocessors")
+    parser.add_argument("--json", action="store_true", help="one JSON object a kernel instead of the table")
+    parser.add_argument("--simulate", action="store_true", help="times with all waiting, on an H200's multiprocessors")
     arguments = parser.parse_args()
     if arguments.simulate and arguments.capability != 90:
         parser.error("--simulate knows capability 90 alone")
@@ -43,44 +43,45 @@ def main() -> None:
         for operator in ([arguments.operator] if arguments.operator else OPERATORS)
         for case in importlib.import_module(f"cases.{operator}").cases(SHAPES[shape], arguments.dtype)
     ]
-    if arguments.simulate:
-        print_simulated(cases)
-        return
-    rows = [measure(case, shape, compile_kernel(case, arguments.capability)) for shape, case in cases]
+    rows = []
+    for shape, case in cases:
+        compiled = compile_kernel(case, arguments.capability)
+        rows.append(measure(case, shape, compiled))
+        if arguments.simulate and rows[-1].total == rows[-1].total:  # not NaN: its loops are those of the case
+            time, waits = simulate(case, compiled)
+            rows[-1] = dataclasses.replace(rows[-1], warps=resident(case, compiled), simulated_ms=time, waits=waits)
     if arguments.json:
         for row in rows:
             more = {"total": row.total, "binding": row.binding, "ratio": row.ratio}
             print(json.dumps({**dataclasses.asdict(row), **more}))
-    else:
-        print(f"sm_{arguments.capability}, {arguments.dtype}; rates of an H200; instructions a unit by kind\n")
-        print_counted(rows)
+        return
+    print(f"sm_{arguments.capability}, {arguments.dtype}; rates of an H200; instructions a unit by kind\n")
+    for line in simulated_table(rows) if arguments.simulate else counted_table(rows):
+        print(line)
 
 
-def print_counted(rows: list[Cost]) -> None:
-    """The table of instructions and of the times that follow from them."""
+def counted_table(rows: list[Cost]) -> Iterator[str]:
+    """Instructions, and the times that follow from them."""
     kinds = [*KINDS, "other"]
     columns = ["shape", "kernel", "registers", "stack", "shared", "unit", *kinds, "all"]
     columns += ["issue ms", "special ms", "matrix ms", "bytes ms", "binding", "ratio"]
-    print("| " + " | ".join(columns) + " |")
-    print("| --- " * len(columns) + "|")
+    yield "| " + " | ".join(columns) + " |"
+    yield "| --- " * len(columns) + "|"
     for row in rows:
         cells = [row.shape, row.kernel, row.registers, row.stack, row.shared, row.unit]
         cells += [f"{row.instructions.get(kind, 0):.2f}" for kind in kinds]
         cells += [f"{row.total:.2f}", *(f"{time:.3f}" for time in row.times.values()), row.binding, f"{row.ratio:.2f}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def print_simulated(cases: list[tuple[str, Case]]) -> None:
-    """The table of times with all waiting; a kernel's counts are those of its floor."""
-    print("| shape | kernel | registers | warps | floor ms | simulated ms | a warp alone waits |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for shape, case in cases:
-        compiled = compile_kernel(case, 90)
-        cost = measure(case, shape, compiled)
-        time, waits = simulate(case, compiled)
-        reasons = ", ".join(f"{name} {share:.0%}" for name, share in waits.items())
-        cells = f"{shape} | {case.name} | {compiled.registers} | {resident(case, compiled):.3g}"
-        print(f"| {cells} | {max(cost.times.values()):.3f} | {time:.3f} | {reasons} |", flush=True)
+def simulated_table(rows: list[Cost]) -> Iterator[str]:
+    """Times with all waiting, and the floors by counts."""
+    yield "| shape | kernel | registers | warps | floor ms | simulated ms | a warp alone waits |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in rows:
+        reasons = ", ".join(f"{name} {share:.0%}" for name, share in row.waits.items())
+        times = f"{max(row.times.values()):.3f} | {row.simulated_ms:.3f}"
+        yield f"| {row.shape} | {row.kernel} | {row.registers} | {row.warps:.3g} | {times} | {reasons} |"
 
 
 if __name__ == "__main__":

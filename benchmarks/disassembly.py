@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,11 @@ class Cost:
     bytes_ms: float
     least_issue_ms: float
     """Of the arithmetic alone."""
+    warps: float = float("nan")
+    """That a multiprocessor runs at once; this and what follows only if simulated."""
+    simulated_ms: float = float("nan")
+    waits: Mapping[str, float] = field(default_factory=dict)
+    """What shares of its time a warp alone waits for what."""
 
     @property
     def total(self) -> float:

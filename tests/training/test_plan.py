@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Workplace
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
 from mambair_ds import kernels
 from mambair_ds.config import load_config
@@ -42,6 +43,7 @@ def kept(network, side: int) -> int:
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators of a GPU, on meta tensors, of which PyTorch knows no autocast."""
+    get_torch_obj_rule_map()  # Dynamo looks PyTorch's functions up once: before they are replaced
     monkeypatch.setattr(kernels, "_preferred", lambda *_: "triton")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
