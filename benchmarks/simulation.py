@@ -4,7 +4,7 @@ The code itself says how long a warp waits: every instruction carries the cycles
 it sets when it is through or has read its operands, and those it waits for. Quarters of a multiprocessor issue one
 instruction a cycle, of the first of their warps that is ready; every unit is busy for as many cycles as it takes for 32
 lanes. What is not in the code is assumed: latencies, above all that of loads, and that units are all a warp shares with
-others. Neither the memory's bandwidth nor caches of instructions are part of it, nor the waiting for `wgmma`.
+others. Neither the memory's bandwidth nor caches of instructions are part of it.
 """
 
 import heapq
@@ -31,7 +31,8 @@ LATENCIES = {
     "HMMA": 33,
     "LDC": 40,
 }
-OTHER_LATENCY = 12
+OTHER_LATENCY, READ, BARRIER = 12, 14, 10
+"""Cycles of other instructions, until operands are read, and from a barrier's last warp on."""
 
 INTEGER = "IADD3 LOP3 ISETP FSETP SEL FSEL FMNMX PRMT SHF MOV PLOP3 LEA IABS VIMNMX VIADD SGXT BMSK P2R R2P CS2R"
 UNITS = {
@@ -54,6 +55,8 @@ def _name(instruction: Instruction) -> str:
 def _unit(instruction: Instruction) -> tuple[str | None, int]:
     """Which unit an instruction occupies for how many cycles; None where that is nothing but its issue."""
     name = _name(instruction)
+    if product := re.match(r"HGMMA\.64x(\d+)x", instruction.text):
+        return "product", int(product[1]) // 2  # 1024 multiply-adds a cycle and quarter in bfloat16
     unit, cycles = _UNITS.get(name, ("uniform", 2) if name.startswith("U") else (None, 1))
     if unit == "memory":
         wide = re.search(r"\.(64|128|M88\.2|M88\.4)\b", instruction.text.split()[0])
@@ -83,45 +86,96 @@ def _path(code: list[Instruction], trips: tuple[float, ...]) -> list[int]:
     return walk(0, end, spans)
 
 
-def _run(code: list[Instruction], path: list[int], warps: int, rounds: int) -> tuple[float, dict[str, float]]:
-    """Cycles until a quarter's `warps` have run the path `rounds` times each, and how long the first waited and why."""
+class _Warp:
+    """Where a warp is, and what it has on its way."""
+
+    def __init__(self, rounds: int) -> None:
+        self.at, self.left = 0, rounds
+        self.through = [0.0] * 6
+        """When its scoreboards are."""
+        self.setter = [""] * 6
+        self.copies = 0.0
+        """When the last of its copies into shared memory has arrived."""
+        self.groups: list[float] = []
+        """When its groups of copies have."""
+        self.product = 0.0
+        """When its last `wgmma` is through."""
+
+    def behind(self, instruction: Instruction) -> tuple[float, str]:
+        """Until when an instruction waits for others of this warp, and for which."""
+        text = instruction.text
+        if text.startswith("WARPGROUP.DEPBAR"):
+            return self.product, "HGMMA"
+        if copies := re.match(r"DEPBAR\.LE SB\d, (\w+)", text):
+            pending = int(copies[1], 16)
+            return self.groups[-1 - pending] if len(self.groups) > pending else 0.0, "LDGSTS"
+        board = max(instruction.waits, key=lambda b: self.through[b], default=None)
+        return (0.0, "") if board is None else (self.through[board], self.setter[board])
+
+    def issue(self, instruction: Instruction, now: float, late: float) -> None:
+        """Set what the instruction sets; `late` is how long it keeps its unit, if others wait for that."""
+        name = _name(instruction)
+        done = now + late + LATENCIES.get(name, OTHER_LATENCY)
+        if name == "HGMMA":
+            self.product = done
+        if name == "LDGSTS":
+            self.copies = done
+        if name == "LDGDEPBAR":
+            done = max(done, self.copies)
+            self.groups.append(done)
+        for board, when in ((instruction.result, done), (instruction.read, now + late + READ)):
+            if board is not None and when > self.through[board]:
+                self.through[board], self.setter[board] = when, name
+
+
+def _run(
+    code: list[Instruction], path: list[int], warps: int, rounds: int, together: int
+) -> tuple[float, dict[str, float]]:
+    """Cycles until a quarter's `warps` have run the path `rounds` times each, and how long the first waited and why.
+
+    `together` of them are of one block and wait at its barriers for one another.
+    """
     units = [_unit(instruction) for instruction in code]
-    latencies = [LATENCIES.get(_name(instruction), OTHER_LATENCY) for instruction in code]
-    at, left = [0] * warps, [rounds] * warps
-    through = [[0.0] * 6 for _ in range(warps)]  # when a warp's scoreboards are
-    setter = [[""] * 6 for _ in range(warps)]
+    all_warps = [_Warp(rounds) for _ in range(warps)]
+    arrived: dict[int, list[int]] = defaultdict(list)
     free: dict[str | None, float] = defaultdict(float)
     waits: dict[str, float] = defaultdict(float)
     issue = end = 0.0
-    ready = [(0.0, warp) for warp in range(warps)]
+    ready = [(0.0, number) for number in range(warps)]
     while ready:
-        now, warp = heapq.heappop(ready)
-        i = path[at[warp]]
+        now, number = heapq.heappop(ready)
+        warp = all_warps[number]
+        i = path[warp.at]
         instruction, (unit, cycles) = code[i], units[i]
-        board = max(instruction.waits, key=lambda b: through[warp][b], default=None)
-        behind = 0.0 if board is None else through[warp][board]
+        behind, whom = warp.behind(instruction)
         when = max(now, behind, issue, free[unit] if unit else 0.0)
         if when > now:
-            if warp == 0:
-                waits[setter[0][board] if board is not None and behind == when else unit or "issue"] += when - now
-            heapq.heappush(ready, (when, warp))
+            if number == 0:
+                waits[whom if behind == when else unit or "issue"] += when - now
+            heapq.heappush(ready, (when, number))
             continue
         issue = now + 1
         if unit:
             free[unit] = now + cycles
-        late = cycles if unit == "memory" else 0
-        for sets, delay in ((instruction.result, latencies[i] + late), (instruction.read, 14 + late)):
-            if sets is not None and now + delay > through[warp][sets]:
-                through[warp][sets], setter[warp][sets] = now + delay, _name(instruction)
+        warp.issue(instruction, now, cycles if unit in ("memory", "product") else 0)
         following = now + max(instruction.stall, 1)
-        if warp == 0:
+        if number == 0:
             waits["fixed"] += following - now - 1
-        at[warp] += 1
-        if at[warp] == len(path):
-            at[warp], left[warp] = 0, left[warp] - 1
+        warp.at += 1
+        if warp.at == len(path):
+            warp.at, warp.left = 0, warp.left - 1
             end = max(end, following)
-        if left[warp]:
-            heapq.heappush(ready, (following, warp))
+        if not warp.left:
+            continue
+        block = number // together
+        if instruction.text.startswith("BAR.SYNC"):
+            arrived[block].append(number)
+            if len(arrived[block]) < min(together, warps - block * together):
+                continue
+            for other in arrived.pop(block):
+                heapq.heappush(ready, (following + BARRIER, other))
+        else:
+            heapq.heappush(ready, (following, number))
     return end, waits
 
 
@@ -143,12 +197,13 @@ def simulate(case: Case, compiled: Compiled) -> tuple[float, dict[str, float]]:
     mine = max(resident(case, compiled) / 4, 1)
     fewer = int(mine)
     # Some quarters have a warp more than others, and run so many more paths a cycle.
+    together = max(case.warps // 4, 1)
     rate = 0.0
     for warps, share in ((fewer, 1 - mine % 1), (fewer + 1, mine % 1)):
         if share:
             rounds = max(1, min(3, round(case.programs * case.warps / MULTIPROCESSORS / 4 / warps)))
-            rate += share * warps * rounds / _run(code, path, warps, rounds)[0]
-    cycles, waits = _run(code, path, 1, 1)
+            rate += share * warps * rounds / _run(code, path, warps, rounds, together)[0]
+    cycles, waits = _run(code, path, 1, 1, 1)
     paths = case.programs * case.warps / MULTIPROCESSORS / 4
     longest = sorted(waits, key=lambda name: -waits[name])[:3]
     return paths / rate / CLOCK * 1e3, {name: waits[name] / cycles for name in longest}

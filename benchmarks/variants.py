@@ -16,7 +16,7 @@ import operator
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from aot import OPERATORS as KERNELS
@@ -39,11 +39,11 @@ JOBS = {
 @contextmanager
 def changed(module: Any, settings: Mapping[str, Any]) -> Iterator[None]:
     """The module with other settings."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    before: list[tuple[dict[int | str, Any], int | str, Any]] = []
     try:
         for name, value in settings.items():
-            *keys, last = name.split(".")
-            place = functools.reduce(operator.getitem, keys, vars(module))
+            *keys, last = (int(key) if key.isdigit() else key for key in name.split("."))
+            place = functools.reduce(operator.getitem, keys, cast(Any, vars(module)))
             before.append((place, last, place[last]))
             place[last] = value
         yield
