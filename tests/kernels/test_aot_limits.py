@@ -22,6 +22,12 @@ WAITING |= {"differentiate_tiles 5×5 gelu_residual": 1.65}
 
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}
 """KiB a program may have, by compute capability."""
+SPILLED = {
+    (80, "differentiate_weight fc1"): 8,
+    (80, "differentiate_weight in_proj"): 8,
+    (80, "differentiate_weight router 1"): 16,  # of the Light model
+}
+"""Bytes of stack, by compute capability and kernel, that buy a third of the kernel's time on 9.0 by simulation."""
 OVER = {
     "backward_inputs": 1.75,
     "backward_inputs without order": 1.7,
@@ -84,7 +90,9 @@ def test_kernels_build_without_spilling_registers(operator: str, shape: str, dty
     for name, row in rows.items():
         assert row["registers"] > 10, f"{name} was compiled to almost nothing"
         assert row["shared"] <= SHARED_MEMORY[capability] * 1024, f"{name} has {row['shared']} bytes of shared memory"
-        assert row["stack"] == 0, f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
+        assert row["stack"] <= SPILLED.get((capability, name), 0), (
+            f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
+        )
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -60,8 +60,8 @@ PLANS = {
     ("differentiate", "narrow"): Plan(128, 32, 64, 8, 3),
     ("differentiate", "wide"): Plan(64, 64, 128, 8, 2),
     ("differentiate", "float32"): Plan(16, 32, 64, 8, 1),
-    ("weight", "narrow"): Plan(32, 128, 64, 8, 2),
-    ("weight", "wide"): Plan(32, 128, 64, 8, 2),
+    ("weight", "narrow"): Plan(64, 128, 64, 8, 3),
+    ("weight", "wide"): Plan(64, 128, 64, 8, 3),
     ("weight", "float32"): Plan(32, 64, 64, 8, 1),
 }
 """By kernel and by what it multiplies: rows of at most `NARROW` channels, wider ones, or float32."""
