@@ -100,6 +100,8 @@ class Case:
     """Floating-point operations on the matrix units."""
     stages: int | None = None
     """Loads in flight of Triton's pipelined loops; None is Triton's default."""
+    registers: int | None = None
+    """A thread's at most, if that is set."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def compile_kernel(case: Case, capability: int) -> Compiled:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(case.kernel, signature, values, aligned)
     options = {"num_warps": case.warps} | ({} if case.stages is None else {"num_stages": case.stages})
+    options |= {} if case.registers is None else {"maxnreg": case.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -65,10 +65,11 @@ def _cases(use: str, rows: int, inputs: int, outputs: int, options: frozenset[st
         types = {
             name: "i32" if name in integers else "*fp32" if name in floats else f"*{dtype}" for name in kernel.arg_names
         }
-        warps, stages = (linear.PACK_WARPS, None) if which == "pack" else (cuts[which].warps, cuts[which].stages)
+        cut = cuts.get(which)
+        warps, stages, most = (cut.warps, cut.stages, cut.registers) if cut else (linear.PACK_WARPS, None, None)
         return Case(
             kernel, f"{kernel.__name__} {use}", types, constants, warps, programs, "number", units,
-            each / (32 * warps), arithmetic / units, trips, moved, flops, stages,
+            each / (32 * warps), arithmetic / units, trips, moved, flops, stages, most,
         )  # fmt: skip
 
     forward, backward = cdiv(rows, cuts["multiply"].rows), cdiv(rows, cuts["differentiate"].rows)

@@ -51,10 +51,12 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     """Steps whose loads are in flight or in use at once."""
+    registers: int | None = None
+    """A thread's at most, so that two programs fit a multiprocessor."""
 
 
 PLANS = {
-    ("multiply", "narrow"): Plan(128, 64, 64, 8, 2),
+    ("multiply", "narrow"): Plan(128, 64, 64, 8, 2, 128),
     ("multiply", "wide"): Plan(128, 32, 64, 8, 2),
     ("multiply", "float32"): Plan(16, 32, 64, 4, 1),
     ("differentiate", "narrow"): Plan(128, 32, 64, 8, 3),
@@ -359,7 +361,9 @@ def constants(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dic
 
 def _launch(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, int | str]:
     cut = plan(kernel, inputs, dtype)
-    return {**constants(kernel, inputs, outputs, dtype), "num_warps": cut.warps, "num_stages": cut.stages}
+    compiled = {"num_warps": cut.warps, "num_stages": cut.stages}
+    compiled |= {} if cut.registers is None else {"maxnreg": cut.registers}
+    return constants(kernel, inputs, outputs, dtype) | compiled
 
 
 def _pack(
