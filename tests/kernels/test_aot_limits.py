@@ -17,19 +17,21 @@ OPERATORS = sorted(path.stem for path in AOT.parent.glob("cases/[a-z]*.py"))
 SCAN_LIMITS = {"forward_ends": 5.9, "forward_outputs": 7.5, "backward_ends": 5.9, "backward_inputs": 20.5}
 """Instructions a state update."""
 WAITING = {"forward_ends": 1.65, "forward_outputs": 1.75, "backward_ends": 1.55, "backward_inputs": 2.2}
-WAITING |= {"differentiate_tiles 5×5 gelu_residual": 1.65}
+WAITING |= {"carry": 1.4, "differentiate_tiles 5×5 gelu_residual": 1.65}
 """How many times its floor a kernel of the scan or the convolution may take by simulation, if not 1.3 times."""
 
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}
 """KiB a program may have, by compute capability."""
 SPILLED = {
-    (80, "differentiate_weight fc1"): 8,
-    (80, "differentiate_weight in_proj"): 8,
-    (80, "differentiate_weight router 1"): 16,  # of the Light model
-    (100, "multiply_rows wqkv"): 24,
-    (100, "multiply_rows router 1"): 40,
+    (80, "bf16", "differentiate_weight fc1"): 8,
+    (80, "bf16", "differentiate_weight in_proj"): 8,
+    (80, "bf16", "differentiate_weight router 1"): 16,  # of the Light model
+    (100, "bf16", "multiply_rows wqkv"): 24,
+    (100, "bf16", "multiply_rows router 1"): 40,
+    (90, "fp32", "differentiate_tiles 5×5 gelu_residual"): 8,
+    (100, "fp32", "convolve_tiles 5×5 add"): 8,
 }
-"""Bytes of stack, by compute capability and kernel, that buy a third of the kernel's time on 9.0 by simulation."""
+"""Bytes of stack by compute capability, dtype and kernel: the price of what is much faster on 9.0 by simulation."""
 OVER = {
     "backward_inputs": 1.75,
     "backward_inputs without order": 1.7,
@@ -92,7 +94,7 @@ def test_kernels_build_without_spilling_registers(operator: str, shape: str, dty
     for name, row in rows.items():
         assert row["registers"] > 10, f"{name} was compiled to almost nothing"
         assert row["shared"] <= SHARED_MEMORY[capability] * 1024, f"{name} has {row['shared']} bytes of shared memory"
-        assert row["stack"] <= SPILLED.get((capability, name), 0), (
+        assert row["stack"] <= SPILLED.get((capability, dtype, name), 0), (
             f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
         )
 
