@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main() -> None:
     for shape, case in cases:
         compiled = compile_kernel(case, arguments.capability)
         rows.append(measure(case, shape, compiled))
-        if arguments.simulate and rows[-1].total == rows[-1].total:  # not NaN: its loops are those of the case
+        if arguments.simulate and not math.isnan(rows[-1].total):  # else `measure` has warned
             time, waits = simulate(case, compiled)
             rows[-1] = dataclasses.replace(rows[-1], warps=resident(case, compiled), simulated_ms=time, waits=waits)
     if arguments.json:
