@@ -59,8 +59,8 @@ def _place(
 
 
 @triton.jit
-def _load(pointer, inside, MASKED: tl.constexpr):
-    return (tl.load(pointer, mask=inside, other=0.0) if MASKED else tl.load(pointer)).to(tl.float32)
+def _load(pointer, inside):
+    return tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _load_row(x, inside, column, width, stride: tl.constexpr, COUNT: tl.constexp
     """COUNT positions from x on, the first at `column`; zeros for a row or a column outside the picture."""
     row = ()
     for j in tl.static_range(COUNT):
-        row = row + (_load(x + j * stride, inside & (column + j >= 0) & (column + j < width), True),)
+        row = row + (_load(x + j * stride, inside & (column + j >= 0) & (column + j < width)),)
     return row
 
 
@@ -314,8 +314,8 @@ def normalize_tokens(
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     d = tl.arange(0, WIDTH)[None, :]
     inside = (token < tokens) & (d < channels)
-    value, _ = _normalize(_load(x + token * stride + d, inside, True), d < channels, channels)
-    value = value * _load(weight + d, d < channels, True) + _load(bias + d, d < channels, True)
+    value, _ = _normalize(_load(x + token * stride + d, inside), d < channels, channels)
+    value = value * _load(weight + d, d < channels) + _load(bias + d, d < channels)
     tl.store(y + token * channels + d, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -326,15 +326,15 @@ def normalize_tokens_backward(
 ):  # fmt: skip
     """The gradient of x, and this program's part of those of weight and bias, in `parts` (programs, 2, C), float32."""
     d = tl.arange(0, WIDTH)[None, :]
-    scale = _load(weight + d, d < channels, True)
+    scale = _load(weight + d, d < channels)
     grad_weight = tl.zeros((TOKENS, WIDTH), tl.float32)
     grad_bias = tl.zeros((TOKENS, WIDTH), tl.float32)
     first = tl.program_id(0).to(tl.int64) * (STEPS * TOKENS)
     for i in range(STEPS):
         token = (first + i * TOKENS + tl.arange(0, TOKENS))[:, None]
         inside = (token < tokens) & (d < channels)
-        normal, deviation = _normalize(_load(x + token * stride + d, inside, True), d < channels, channels)
-        g = _load(grad + token * channels + d, inside, True)
+        normal, deviation = _normalize(_load(x + token * stride + d, inside), d < channels, channels)
+        g = _load(grad + token * channels + d, inside)
         grad_weight += g * normal
         grad_bias += g
         g *= scale
