@@ -8,8 +8,8 @@ with the arithmetic that the algorithm needs and nothing else. These times are f
 instead what `simulation.py` makes of the code: the warps a multiprocessor runs at once, the time with all waiting, and
 what a warp alone waits for.
 
-An operator takes part by a file in benchmarks/cases/ whose `cases` returns its kernels for a shape of a network. Not
-usable in a process where Triton's interpreter is on.
+An operator takes part by a file in benchmarks/cases/ whose `cases` returns its kernels for a shape of a network, a
+dtype and a capability. Not usable in a process where Triton's interpreter is on.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def main() -> None:
         (shape, case)
         for shape in ([arguments.shape] if arguments.shape else SHAPES)
         for operator in ([arguments.operator] if arguments.operator else OPERATORS)
-        for case in importlib.import_module(f"cases.{operator}").cases(SHAPES[shape], arguments.dtype)
+        for case in importlib.import_module(f"cases.{operator}").cases(
+            SHAPES[shape], arguments.dtype, arguments.capability
+        )
     ]
     rows = []
     for shape, case in cases:

@@ -55,7 +55,7 @@ def changed(module: Any, settings: Mapping[str, Any]) -> Iterator[None]:
 def simulated(folder: str, shape: str) -> dict[str, float]:
     """Milliseconds by kernel of a folder; one that spills registers says how many bytes."""
     times: dict[str, float] = {}
-    for case in importlib.import_module(f"cases.{folder}").cases(SHAPES[shape], "bf16"):
+    for case in importlib.import_module(f"cases.{folder}").cases(SHAPES[shape], "bf16", 90):
         compiled = compile_kernel(case, 90)
         spilled = f" ({compiled.stack} bytes spilled)" if compiled.stack else ""
         times[case.name + spilled] = simulate(case, compiled)[0]

@@ -23,7 +23,7 @@ def walk(side: int, k: int, tile: dict) -> tuple[float, float]:
     return groups / tiles, left / tiles
 
 
-def cases(shape: Shape, dtype: str) -> list[Case]:
+def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     """The feed-forward block's 5×5 (after a gate in the Light model) and the state space module's 3×3 convolution."""
     activations = {"x", "other", "y", "grad", "gate", "grad_c", "extra"}
     integers = {"batch", "height", "width"}

@@ -4,6 +4,7 @@ import torch
 from disassembly import Case, Shape
 from triton import cdiv
 
+from mambair_ds.kernels import gpu_class
 from mambair_ds.kernels.linear import triton as linear
 
 GELU = 10
@@ -30,23 +31,26 @@ def uses(shape: Shape) -> dict[str, tuple[int, int, frozenset[str]]]:
     }
 
 
-def cases(shape: Shape, dtype: str) -> list[Case]:
+def cases(shape: Shape, dtype: str, capability: int) -> list[Case]:
     """Forward and backward kernels of every use."""
     result = []
     for use, (inputs, outputs, options) in uses(shape).items():
-        result += _cases(use, shape.batch * shape.length, inputs, outputs, options, dtype)
+        result += _cases(use, shape.batch * shape.length, inputs, outputs, options, dtype, capability)
     return result
 
 
-def _cases(use: str, rows: int, inputs: int, outputs: int, options: frozenset[str], dtype: str) -> list[Case]:
+def _cases(
+    use: str, rows: int, inputs: int, outputs: int, options: frozenset[str], dtype: str, capability: int
+) -> list[Case]:
     wide, product = (2, torch.bfloat16) if dtype == "bf16" else (4, torch.float32)
+    target = linear.Target(product, gpu_class(divmod(capability, 10)))
     floats = {"shift", "statistics", "part_scale", "parts", "weight", "bias", "gamma", "beta", "scale"}
     integers = {"rows", "steps"}
     norm, gelu, residual, skip = (name in options for name in ("NORM", "GELU", "RESIDUAL", "SKIP"))
     x, y = rows * inputs, rows * outputs
     width, height = linear.width(inputs), linear.height(outputs)
-    cuts = {name: linear.plan(name, inputs, product) for name in ("multiply", "differentiate", "weight")}
-    programs, ranges, steps = linear.ranges(rows, inputs, outputs, product)
+    cuts = {name: linear.plan(name, inputs, target) for name in ("multiply", "differentiate", "weight")}
+    programs, ranges, steps = linear.ranges(rows, inputs, outputs, target)
     rate = 1 if wide == 2 else 6  # as float32 a product is three of TF32, each at half of bfloat16's rate
 
     def flops(name: str) -> int:
@@ -57,7 +61,7 @@ def _cases(use: str, rows: int, inputs: int, outputs: int, options: frozenset[st
 
     def case(kernel, which, programs, units, each, arithmetic, trips, moved, flops=0):  # type: ignore[no-untyped-def]
         constants = {
-            **linear.constants(which, inputs, outputs, product),
+            **linear.constants(which, inputs, outputs, target),
             **{name: name in options for name in ("NORM", "GELU", "RESIDUAL", "SKIP")},
             "BIAS": True,
         }

@@ -13,7 +13,7 @@ EXPONENTIAL = 10
 """-log2 of a number: its distance to 1, a polynomial of degree 6, the special function, comparison, choice."""
 
 
-def cases(shape: Shape, dtype: str) -> list[Case]:
+def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     """A fill with each distribution, as many numbers as the router has scores."""
     count = shape.length * shape.classes
     elements = shape.batch * count

@@ -11,7 +11,7 @@ NOISE = 10 + 3 + 10 + 1
 """Instructions a number: the generator's, bits to a number, its logarithm and the logarithm of that (see philox.py)."""
 
 
-def cases(shape: Shape, dtype: str) -> list[Case]:
+def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     """Class, order and the prompt's gradient; scores and gradients in `dtype`."""
     tokens, t, n = shape.batch * shape.length, shape.classes, shape.states
     scores, size = tokens * t, 2 if dtype == "bf16" else 4

@@ -8,7 +8,7 @@ from triton import cdiv
 from mambair_ds.kernels.selective_scan import triton as scan
 
 
-def cases(shape: Shape, dtype: str) -> list[Case]:
+def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     """The passes of a forward and a backward pass, with an order and a prompt."""
     b, length, d, n, wide = shape.batch, shape.length, shape.hidden, shape.states, 2 if dtype == "bf16" else 4
     segments, tokens = cdiv(length, scan.SEGMENT), b * length

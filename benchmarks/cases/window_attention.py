@@ -15,7 +15,7 @@ MASK = 2
 """A comparison and a subtraction more where a window crosses the border, which is what is counted."""
 
 
-def cases(shape: Shape, dtype: str) -> list[Case]:
+def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     """The forward pass and the parts of the backward pass."""
     element = torch.bfloat16 if dtype == "bf16" else torch.float32
     wide = 2 if dtype == "bf16" else 4

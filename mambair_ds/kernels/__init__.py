@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 _PACKAGE = sys.modules[__name__]
 
 
+def gpu_class(capability: tuple[int, int]) -> str:
+    """Which GPUs have their kernels cut alike: as an A100, H100 or B200, or small, with 99 KiB for a program."""
+    return {(8, 0): "A100", (9, 0): "H100", (10, 0): "B200", (10, 3): "B200"}.get(capability, "small")
+
+
 @functools.cache
 def _preferred(operator: str, device_type: str, backends: frozenset[str]) -> str:
     backend = {"cpu": "torch", "cuda": "triton"}.get(device_type, "reference")

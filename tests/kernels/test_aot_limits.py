@@ -20,18 +20,15 @@ WAITING = {"forward_ends": 1.65, "forward_outputs": 1.75, "backward_ends": 1.55,
 WAITING |= {"carry": 1.4, "differentiate_tiles 5×5 gelu_residual": 1.65}
 """How many times its floor a kernel of the scan or the convolution may take by simulation, if not 1.3 times."""
 
-SHARED_MEMORY = {80: 163, 90: 227, 100: 227}
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB a program may have, by compute capability."""
 SPILLED = {
-    (80, "bf16", "differentiate_weight fc1"): 8,
-    (80, "bf16", "differentiate_weight in_proj"): 8,
-    (80, "bf16", "differentiate_weight router 1"): 16,  # of the Light model
-    (100, "bf16", "multiply_rows wqkv"): 24,
-    (100, "bf16", "multiply_rows router 1"): 40,
     (90, "fp32", "differentiate_tiles 5×5 gelu_residual"): 8,
     (100, "fp32", "convolve_tiles 5×5 add"): 8,
 }
-"""Bytes of stack by compute capability, dtype and kernel: the price of what is much faster on 9.0 by simulation."""
+"""Bytes of stack by compute capability, dtype and kernel: float32 is the slow path that is there to be exact."""
+SPILLED_BY_SMALL = 32
+"""Of any kernel on GPUs that have the shared memory of 8.9 or 12.0: there it must run, and need not be the fastest."""
 OVER = {
     "backward_inputs": 1.75,
     "backward_inputs without order": 1.7,
@@ -41,7 +38,7 @@ OVER = {
 """Those that miss their aim of 1.5 times their floor, and by how much."""
 
 
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 89, 90, 100)
 _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="aot")
 
 
@@ -75,7 +72,7 @@ def costs(operator: str, capability: int, shape: str, dtype: str) -> dict[str, d
     return _building(operator, capability, shape, dtype).result()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [*CAPABILITIES, pytest.param(120, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -94,9 +91,8 @@ def test_kernels_build_without_spilling_registers(operator: str, shape: str, dty
     for name, row in rows.items():
         assert row["registers"] > 10, f"{name} was compiled to almost nothing"
         assert row["shared"] <= SHARED_MEMORY[capability] * 1024, f"{name} has {row['shared']} bytes of shared memory"
-        assert row["stack"] <= SPILLED.get((capability, dtype, name), 0), (
-            f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
-        )
+        spilled = SPILLED_BY_SMALL if SHARED_MEMORY[capability] < 100 else SPILLED.get((capability, dtype, name), 0)
+        assert row["stack"] <= spilled, f"{name} spills: {row['registers']} registers, {row['stack']} bytes of stack"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

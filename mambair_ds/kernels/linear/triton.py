@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambair_ds.kernels.gpu import dot, gelu, gelu_slope
+from mambair_ds.kernels.gpu import class_of, dot, gelu, gelu_slope
 from mambair_ds.kernels.linear import reference
 from mambair_ds.kernels.linear.operator import make_operator
 
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     ("multiply", "narrow"): Plan(128, 64, 64, 8, 2, 128),
-    ("multiply", "wide"): Plan(128, 32, 64, 8, 2),
+    ("multiply", "wide"): Plan(128, 32, 64, 8, 3),
     ("multiply", "float32"): Plan(16, 32, 64, 4, 1),
     ("differentiate", "narrow"): Plan(128, 32, 64, 8, 3),
     ("differentiate", "wide"): Plan(64, 64, 128, 8, 2),
@@ -67,8 +67,29 @@ PLANS = {
     ("weight", "float32"): Plan(32, 64, 64, 8, 1),
 }
 """By kernel and by what it multiplies: rows of at most `NARROW` channels, wider ones, or float32."""
+OTHER_PLANS = {
+    ("A100", "multiply", "wide"): Plan(128, 32, 64, 8, 2),
+    ("A100", "weight", "narrow"): Plan(32, 128, 64, 8, 2),
+    ("A100", "weight", "wide"): Plan(32, 128, 64, 8, 2),
+    ("B200", "multiply", "narrow"): Plan(128, 64, 64, 8, 2),
+    ("B200", "multiply", "wide"): Plan(128, 32, 64, 8, 2),
+    ("small", "multiply", "narrow"): Plan(128, 64, 64, 8, 2),
+    ("small", "multiply", "wide"): Plan(64, 32, 64, 8, 2),
+    ("small", "weight", "narrow"): Plan(32, 128, 64, 8, 2),
+    ("small", "weight", "wide"): Plan(32, 128, 64, 8, 2),
+}
+"""Instead of those above, by `gpu_class`: GPUs with less shared memory, or for which code spills registers."""
 
 EPSILON = tl.constexpr(1e-5)
+
+
+class Target(NamedTuple):
+    """What multiplies."""
+
+    dtype: torch.dtype
+    """Of the product."""
+    gpu: str
+    """See `gpu_class`."""
 
 
 @triton.jit
@@ -333,50 +354,51 @@ def height(outputs: int) -> int:
     return triton.cdiv(outputs, HEIGHT) * HEIGHT
 
 
-def plan(kernel: str, inputs: int, dtype: torch.dtype) -> Plan:
-    """How `kernel` is cut for rows of x of `inputs` channels and products in `dtype`."""
-    return PLANS[kernel, "float32" if dtype == torch.float32 else "narrow" if width(inputs) <= NARROW else "wide"]
+def plan(kernel: str, inputs: int, target: Target) -> Plan:
+    """How `kernel` is cut for rows of x of `inputs` channels."""
+    what = "float32" if target.dtype == torch.float32 else "narrow" if width(inputs) <= NARROW else "wide"
+    return OTHER_PLANS.get((target.gpu, kernel, what), PLANS[kernel, what])
 
 
-def ranges(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def ranges(rows: int, inputs: int, outputs: int, target: Target) -> tuple[int, int, int]:
     """Programs, ranges of rows, and steps of a range of `differentiate_weight`."""
-    cut = plan("weight", inputs, dtype)
+    cut = plan("weight", inputs, target)
     programs = triton.cdiv(outputs, cut.outputs) * triton.cdiv(inputs + 1, cut.tile * GROUP)
     steps = triton.cdiv(rows, cut.rows)
     steps = triton.cdiv(steps, min(steps, max(1, PROGRAMS // programs)))
     return programs, triton.cdiv(rows, steps * cut.rows), steps
 
 
-def constants(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """The `tl.constexpr` arguments of a kernel that follow from sizes and the dtype of the product."""
+def constants(kernel: str, inputs: int, outputs: int, target: Target) -> dict[str, int | str]:
+    """The `tl.constexpr` arguments of a kernel that follow from sizes and what multiplies."""
     shape: dict[str, int | str] = {"IN": inputs, "OUT": outputs}
     if kernel == "pack":
         return {**shape, "WIDTH": width(inputs), "LANES": triton.next_power_of_2(width(inputs))}
-    cut = plan(kernel, inputs, dtype)
+    cut = plan(kernel, inputs, target)
     tiles = width(inputs) // cut.tile
     shape |= {"TILES": min(GROUP, tiles) if kernel == "weight" else tiles, "TILE": cut.tile}
     shape |= {"ROWS": cut.rows, "STEP": cut.outputs}
-    return {**shape, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32"}  # which bfloat16 ignores
+    return {**shape, "PRECISION": "tf32x3" if target.dtype == torch.float32 else "tf32"}  # which bfloat16 ignores
 
 
-def _launch(kernel: str, inputs: int, outputs: int, dtype: torch.dtype) -> dict[str, int | str]:
-    cut = plan(kernel, inputs, dtype)
+def _launch(kernel: str, inputs: int, outputs: int, target: Target) -> dict[str, int | str]:
+    cut = plan(kernel, inputs, target)
     compiled = {"num_warps": cut.warps, "num_stages": cut.stages}
     compiled |= {} if cut.registers is None else {"maxnreg": cut.registers}
-    return constants(kernel, inputs, outputs, dtype) | compiled
+    return constants(kernel, inputs, outputs, target) | compiled
 
 
 def _pack(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, target: Target
 ) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
-    packed = torch.empty(height(outputs), width(inputs), dtype=dtype, device=weight.device)
+    packed = torch.empty(height(outputs), width(inputs), dtype=target.dtype, device=weight.device)
     shift = torch.empty(height(outputs), dtype=torch.float32, device=weight.device)
     present = {"NORM": gamma is not None, "BIAS": bias is not None}
     weight, bias, gamma, beta = (weight if p is None else p.contiguous() for p in (weight, bias, gamma, beta))
     pack_weight[(height(outputs),)](
         weight, bias, gamma, beta, packed, shift,
-        **constants("pack", inputs, outputs, dtype), **present, num_warps=PACK_WARPS,
+        **constants("pack", inputs, outputs, target), **present, num_warps=PACK_WARPS,
     )  # fmt: skip
     return packed, shift
 
@@ -396,17 +418,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `make_operator`."""
     (rows, inputs), outputs = x.shape, len(weight)
-    cut = plan("multiply", inputs, dtype)
+    target = Target(dtype, class_of(x.device))
+    cut = plan("multiply", inputs, target)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     statistics = x.new_empty(2, 0 if gamma is None else rows, dtype=torch.float32)
     present = {"NORM": gamma is not None, "RESIDUAL": residual is not None, "SKIP": skip is not None}
     residual, skip = (y if t is None else t for t in (residual, skip))
     with torch.cuda.device_of(x):
-        packed, shift = _pack(weight, bias, gamma, beta, dtype)
+        packed, shift = _pack(weight, bias, gamma, beta, target)
         scale = shift if scale is None else scale.contiguous()
         multiply_rows[(triton.cdiv(rows, cut.rows),)](
             x, packed, shift, residual, skip, scale, y, statistics, rows, triton.cdiv(outputs, cut.outputs),
-            **_launch("multiply", inputs, outputs, dtype), **present, GELU=gelu,
+            **_launch("multiply", inputs, outputs, target), **present, GELU=gelu,
         )  # fmt: skip
     return y, statistics
 
@@ -426,9 +449,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `make_operator`."""
     (rows, inputs), outputs = x.shape, len(weight)
-    cut = plan("differentiate", inputs, dtype)
+    target = Target(dtype, class_of(x.device))
+    cut = plan("differentiate", inputs, target)
     programs = triton.cdiv(rows, cut.rows)
-    groups, count, steps = ranges(rows, inputs, outputs, dtype)
+    groups, count, steps = ranges(rows, inputs, outputs, target)
     norm = {"NORM": gamma is not None}
     grad_x = torch.empty_like(x)
     grad_a = torch.empty(rows, outputs, dtype=dtype, device=x.device) if gelu else grad
@@ -436,15 +460,15 @@ def backward(
     part_scale = x.new_empty(0 if skip is None else programs, outputs, dtype=torch.float32)
     parts = x.new_empty(count, outputs, inputs + 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        packed, shift = _pack(weight, bias, gamma, beta, dtype)
+        packed, shift = _pack(weight, bias, gamma, beta, target)
         skips = (shift, grad, grad) if skip is None or scale is None else (scale.contiguous(), skip, grad_skip)
         differentiate_rows[(programs,)](
             grad, x, packed, shift, *skips, grad_x, grad_a, part_scale, statistics,
             rows, triton.cdiv(outputs, cut.outputs),
-            **_launch("differentiate", inputs, outputs, dtype), **norm, GELU=gelu, SKIP=skip is not None,
+            **_launch("differentiate", inputs, outputs, target), **norm, GELU=gelu, SKIP=skip is not None,
         )  # fmt: skip
         differentiate_weight[groups, count](
-            grad_a, x, statistics, packed, parts, rows, steps, **_launch("weight", inputs, outputs, dtype), **norm
+            grad_a, x, statistics, packed, parts, rows, steps, **_launch("weight", inputs, outputs, target), **norm
         )
     sums = parts.sum(0)
     grad_weight, grad_bias = sums[:, :-1], sums[:, -1]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels import load_backend
+from mambair_ds.kernels import gpu_class, load_backend
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 _TRITON_WINDOWS = (4, 8, 16)
@@ -52,7 +52,7 @@ def _fits(qkv: Tensor, window_size: int) -> bool:
     if qkv.device.type != "cuda":
         return True
     # In float32 the kernels need 224 KiB of shared memory.
-    roomy = qkv.dtype != torch.float32 or torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+    roomy = qkv.dtype != torch.float32 or gpu_class(torch.cuda.get_device_capability(qkv.device)) in ("H100", "B200")
     return roomy and window_size in _TRITON_WINDOWS
 
 
