@@ -15,10 +15,17 @@ import numba
 import numpy as np
 import torch
 
+from mambair_ds.kernels.vectors import power_of_two
+
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel for this CPU on its first call, without the GIL and with fused multiply-adds."""
     return _compile(function, {"contract", "nsz"})
+
+
+def jit_inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jit` for a part of kernels whose vectors are to stay in registers."""
+    return _compile(function, {"contract", "nsz"}, forceinline=True)
 
 
 def jit_reassociating(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,8 +33,8 @@ def jit_reassociating(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compile(function, {"contract", "nsz", "reassoc"})
 
 
-def _compile(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., Any]:
-    compiler = functools.partial(numba.njit, nogil=True, fastmath=fastmath, error_model="numpy")
+def _compile(function: Callable[..., Any], fastmath: set[str], **options: bool) -> Callable[..., Any]:
+    compiler = functools.partial(numba.njit, nogil=True, fastmath=fastmath, error_model="numpy", **options)
     try:  # the machine code is kept beside the source or, where that is read-only, in the user's cache folder
         return compiler(cache=True)(function)
     except RuntimeError:  # neither can be written: every process compiles anew
@@ -36,7 +43,10 @@ def _compile(function: Callable[..., Any], fastmath: set[str]) -> Callable[..., 
 
 @jit
 def exp2(x):  # type: ignore[no-untyped-def]
-    """2^x for x clamped to ±126, within 1e-7 of it: a power of two times a polynomial on [-1/2, 1/2]."""
+    """2^x, of a number or a vector, for x clamped to ±126, within 1e-7 of it.
+
+    A power of two times a polynomial on [-1/2, 1/2].
+    """
     x = min(max(x, np.float32(-126)), np.float32(126))
     shifted = x + np.float32(12582912)  # 1.5 * 2^23: rounds x to an integer, which stands in the low bits
     f = x - (shifted - np.float32(12582912))
@@ -46,8 +56,7 @@ def exp2(x):  # type: ignore[no-untyped-def]
     p = p * f + np.float32(0.2402265121)
     p = p * f + np.float32(0.6931472067)
     p = p * f + np.float32(1)
-    power = np.int32((np.float32(shifted).view(np.int32) << 23) + (127 << 23))
-    return p * np.int32(power).view(np.float32)
+    return p * power_of_two(shifted)
 
 
 @functools.cache

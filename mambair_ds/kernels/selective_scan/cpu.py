@@ -1,9 +1,8 @@
-"""The selective scan on the CPU: loops compiled by numba, vectorised over channels, with a backward pass of their own.
+"""The selective scan on the CPU: loops compiled by numba over sixteen channels at a time, with a backward pass.
 
-A task is one sample and `WIDTH` channels. It walks the sequence in chunks of `CHUNK` positions, whose inputs it copies
-into small zero-padded tiles, so that every inner loop runs over exactly `WIDTH` contiguous floats and becomes a few
-SIMD instructions. The backward pass walks the chunks from the last to the first and recomputes each one's states from
-the state at its start.
+A task is one sample and `LANES` channels; zeros make up a multiple of these. The forward pass keeps the states at the
+start of each chunk of `CHUNK` positions. The backward pass walks the chunks from the last to the first and recomputes
+each one's states, which fit the first cache. Rows are asked for a chunk ahead: the order may jump anywhere.
 
 Tasks are the same whatever the number of threads and samples, and what several of them share (the gradients of A, B, C,
 D and delta_bias) is summed in a fixed order: results are equal to the bit on any number of threads, and a sample's do
@@ -17,22 +16,23 @@ import functools
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, run_tasks
 from mambair_ds.kernels.selective_scan.operator import make_operator
 from mambair_ds.kernels.selective_scan.reference import put_rows, take_rows
+from mambair_ds.kernels.vectors import LANES, load, prefetch, spread, store, totals
 
-WIDTH = 32
-CHUNK = 32
+CHUNK = 16
 
 _LN2, _LOG2E = np.float32(0.6931471805599453), np.float32(1.4426950408889634)
-_ONE, _TWO = np.float32(1), np.float32(2)
+_ZERO, _TWO = np.float32(0), np.float32(2)
 
 
 @jit
-def softplus(x):
-    """log(1 + e^x) and its derivative; log(1 + z) = 2 artanh(z / (2 + z)), accurate for small z too."""
-    z = exp2(-abs(x) * _LOG2E)
+def _softplus(x):
+    """log(1 + e^x); log(1 + z) = 2 artanh(z / (2 + z)), accurate for small z too."""
+    z = exp2(min(x, _ZERO - x) * _LOG2E)
     r = z / (_TWO + z)
     w = r * r
     p = np.float32(0.24409403628) * w + np.float32(0.21394267374)
@@ -40,65 +40,35 @@ def softplus(x):
     p = p * w + np.float32(0.39998694812)
     p = p * w + np.float32(0.66666679253)
     p = p * w + _TWO
-    inverse = _ONE / (_ONE + z)
-    return max(x, np.float32(0)) + r * p, (inverse if x >= np.float32(0) else z * inverse)
+    return max(x, _ZERO) + r * p
 
 
 @jit
-def _load_chunk(u, delta, bias, order, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope):
-    """Copy a chunk's inputs into tiles and apply bias and softplus; `tile_slope` becomes the derivative of the step."""
-    width = min(WIDTH, u.shape[2] - first)
-    for t in range(start, stop):
-        token = order[batch, t]
-        for d in range(width):
-            tile_u[t - start, d] = u[batch, token, first + d]
-            tile_dt[t - start, d] = delta[batch, token, first + d] + bias[first + d]
+def _forward(task, u, delta, rates, B, C, D, bias, order, use_softplus, y, states):
+    length, size = u.shape[1], rates.shape[0]
+    blocks = u.shape[2] // LANES
+    batch, first = task // blocks, task % blocks * LANES
+    shift, direct = load(bias, first), load(D, first)
+    state, rate = np.zeros((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+    for s in range(size):
+        store(rate, (s, 0), load(rates, (s, first)))
+    for t in range(length):
+        if t % CHUNK == 0:
+            for s in range(size):
+                store(states, (batch, t // CHUNK, s, first), load(state, (s, 0)))
+        token, ahead = order[batch, t], order[batch, min(t + CHUNK, length - 1)]
+        prefetch(u, (batch, ahead, first))
+        prefetch(delta, (batch, ahead, first))
+        prefetch(y, (batch, ahead, first))
+        x, dt = load(u, (batch, token, first)), load(delta, (batch, token, first)) + shift
         if use_softplus:
-            for d in range(WIDTH):
-                tile_dt[t - start, d], tile_slope[t - start, d] = softplus(tile_dt[t - start, d])
-
-
-@jit
-def _load_rates(A, first):
-    """The block's A as (N, WIDTH), in units of log 2."""
-    tile = np.zeros((A.shape[1], WIDTH), np.float32)
-    for d in range(min(WIDTH, A.shape[0] - first)):
-        for s in range(A.shape[1]):
-            tile[s, d] = A[first + d, s] * _LOG2E
-    return tile
-
-
-@jit
-def _forward(task, u, delta, A, B, C, D, bias, order, use_softplus, y, states):
-    length, channels = u.shape[1:]
-    blocks = (channels + WIDTH - 1) // WIDTH
-    batch, first = task // blocks, task % blocks * WIDTH
-    width = min(WIDTH, channels - first)
-    rates = _load_rates(A, first)
-    tile_u = np.zeros((CHUNK, WIDTH), np.float32)
-    tile_dt = np.zeros((CHUNK, WIDTH), np.float32)
-    tile_slope = np.ones((CHUNK, WIDTH), np.float32)
-    state = np.zeros((A.shape[1], WIDTH), np.float32)
-    out = np.zeros(WIDTH, np.float32)
-    for start in range(0, length, CHUNK):
-        stop = min(start + CHUNK, length)
-        for s in range(A.shape[1]):
-            for d in range(width):
-                states[batch, start // CHUNK, s, first + d] = state[s, d]
-        _load_chunk(u, delta, bias, order, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
-        for t in range(start, stop):
-            row_u, row_dt = tile_u[t - start], tile_dt[t - start]
-            for d in range(width):
-                out[d] = D[first + d] * row_u[d]
-            for s in range(A.shape[1]):
-                b, c = B[batch, t, s], C[batch, t, s]
-                for d in range(WIDTH):
-                    h = exp2(row_dt[d] * rates[s, d]) * state[s, d] + row_dt[d] * row_u[d] * b
-                    state[s, d] = h
-                    out[d] += c * h
-            token = order[batch, t]
-            for d in range(width):
-                y[batch, token, first + d] = out[d]
+            dt = _softplus(dt)
+        drive, out = dt * x, direct * x
+        for s in range(size):
+            h = exp2(dt * load(rate, (s, 0))) * load(state, (s, 0)) + drive * B[batch, t, s]
+            store(state, (s, 0), h)
+            out += h * C[batch, t, s]
+        store(y, (batch, token, first), out)
 
 
 def forward(
@@ -115,11 +85,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The forward pass; see `make_operator`."""
     batch, length, channels = u.shape
-    y = torch.empty(u.shape)
-    states = torch.empty(batch, -(-length // CHUNK), A.shape[1], channels)
     inputs = _to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order)
-    run_tasks(_forward, batch * -(-channels // WIDTH), *inputs, delta_softplus, y.numpy(), states.numpy())
-    return y.to(u.dtype), states
+    padded = inputs[0].shape[2]
+    y = torch.empty(batch, length, padded)
+    states = torch.empty(batch, -(-length // CHUNK), A.shape[1], padded)
+    run_tasks(_forward, batch * padded // LANES, *inputs, delta_softplus, y.numpy(), states.numpy())
+    return y[..., :channels].to(u.dtype).contiguous(), states[..., :channels].contiguous()
 
 
 def _to_arrays(
@@ -133,85 +104,98 @@ def _to_arrays(
     prompt: Tensor | None,
     order: Tensor | None,
 ) -> list[np.ndarray]:
-    """What both kernels read. B and C, few numbers a token, come in sequence order, with the prompt in C."""
+    """What both kernels read. B and C, few numbers a token, come in sequence order, with the prompt in C.
+
+    A is (N, D) and in units of log 2.
+    """
     B, C = take_rows(B.float(), order), take_rows(C.float(), order)
     C = C if prompt is None else C + prompt
     order = torch.arange(u.shape[1]).expand(u.shape[:2]) if order is None else order
-    return [*(_to_numpy(x.float()) for x in (u, delta, A, B, C, D, bias)), _to_numpy(order)]
+    padded = (_pad(x) for x in (u, delta, A.T * float(_LOG2E)))
+    return [*padded, _to_numpy(B), _to_numpy(C), _pad(D), _pad(bias), _to_numpy(order)]
+
+
+def _pad(tensor: Tensor) -> np.ndarray:
+    """float32, with zeros up to a multiple of `LANES` channels."""
+    return _to_numpy(pad(tensor.float(), (0, -tensor.shape[-1] % LANES)))
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-@jit_reassociating
+@jit
 def _backward(
-    task, grad_y, states, u, delta, A, B, C, D, bias, order, use_softplus,
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+    task, grad_y, states, u, delta, rates, B, C, D, bias, order, use_softplus,
+    grad_u, grad_delta, grad_rates, grad_BC, grad_D, grad_bias,
 ):  # fmt: skip
-    length, channels = u.shape[1:]
-    size = A.shape[1]
-    blocks = (channels + WIDTH - 1) // WIDTH
+    length, size = u.shape[1], rates.shape[0]
+    blocks = u.shape[2] // LANES
     batch, block = task // blocks, task % blocks
-    first = block * WIDTH
-    width = min(WIDTH, channels - first)
-    rates = _load_rates(A, first)
-    tile_u = np.zeros((CHUNK, WIDTH), np.float32)
-    tile_dt = np.zeros((CHUNK, WIDTH), np.float32)
-    tile_slope = np.ones((CHUNK, WIDTH), np.float32)
-    history = np.zeros((CHUNK + 1, size, WIDTH), np.float32)  # the state before the chunk, then after each position
-    decays = np.zeros((CHUNK, size, WIDTH), np.float32)
-    g_state = np.zeros((size, WIDTH), np.float32)
-    g_rates = np.zeros((size, WIDTH), np.float32)
-    g_y = np.zeros(WIDTH, np.float32)
-    g_input = np.zeros(WIDTH, np.float32)  # of Δ_t·u_t
-    g_dt = np.zeros(WIDTH, np.float32)
+    first = block * LANES
+    shift, direct = load(bias, first), load(D, first)
+    rate = np.empty((size, LANES), np.float32)
+    steps, raw = np.empty((CHUNK, LANES), np.float32), np.empty((CHUNK, LANES), np.float32)
+    history = np.empty((CHUNK + 1, size, LANES), np.float32)  # the state before the chunk, then after each position
+    decays = np.empty((CHUNK, size, LANES), np.float32)
+    g_state, g_rate = np.zeros((size, LANES), np.float32), np.zeros((size, LANES), np.float32)
+    g_BC = np.zeros((grad_BC.shape[3], LANES), np.float32)  # to be summed over channels
+    g_direct, g_shift = spread(_ZERO), spread(_ZERO)
+    for s in range(size):
+        store(rate, (s, 0), load(rates, (s, first)))
     for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
         start = chunk * CHUNK
         stop = min(start + CHUNK, length)
         for s in range(size):
-            for d in range(width):
-                history[0, s, d] = states[batch, chunk, s, first + d]
-        _load_chunk(u, delta, bias, order, use_softplus, batch, first, start, stop, tile_u, tile_dt, tile_slope)
+            store(history, (0, s, 0), load(states, (batch, chunk, s, first)))
+        for t in range(max(start - CHUNK, 0), start):
+            token = order[batch, t]
+            prefetch(u, (batch, token, first))
+            prefetch(delta, (batch, token, first))
+            prefetch(grad_y, (batch, token, first))
+            prefetch(grad_u, (batch, token, first))
+            prefetch(grad_delta, (batch, token, first))
         for k in range(stop - start):
-            row_u, row_dt = tile_u[k], tile_dt[k]
+            token = order[batch, start + k]
+            dt = load(delta, (batch, token, first)) + shift
+            store(raw, (k, 0), dt)
+            if use_softplus:
+                dt = _softplus(dt)
+            store(steps, (k, 0), dt)
+            drive = dt * load(u, (batch, token, first))
             for s in range(size):
-                b = B[batch, start + k, s]
-                for d in range(WIDTH):
-                    decay = exp2(row_dt[d] * rates[s, d])
-                    decays[k, s, d] = decay
-                    history[k + 1, s, d] = decay * history[k, s, d] + row_dt[d] * row_u[d] * b
+                decay = exp2(dt * load(rate, (s, 0)))
+                store(decays, (k, s, 0), decay)
+                store(history, (k + 1, s, 0), decay * load(history, (k, s, 0)) + drive * B[batch, start + k, s])
         for k in range(stop - start - 1, -1, -1):
             t = start + k
             token = order[batch, t]
-            row_u, row_dt = tile_u[k], tile_dt[k]
-            for d in range(width):
-                g_y[d] = grad_y[batch, token, first + d]
-                g_input[d] = g_dt[d] = 0
+            dt, x, g_y = load(steps, (k, 0)), load(u, (batch, token, first)), load(grad_y, (batch, token, first))
+            drive = dt * x
+            g_dt, g_drive = spread(_ZERO), spread(_ZERO)
             for s in range(size):
-                b, c = B[batch, t, s], C[batch, t, s]
-                g_b = g_c = np.float32(0)
-                for d in range(WIDTH):
-                    g = g_state[s, d] + c * g_y[d]
-                    g_b += g * (row_dt[d] * row_u[d])
-                    g_c += g_y[d] * history[k + 1, s, d]
-                    g_input[d] += g * b
-                    g *= decays[k, s, d]
-                    g_state[s, d] = g
-                    g *= history[k, s, d]  # now of the exponent Δ·A
-                    g_dt[d] += g * rates[s, d]
-                    g_rates[s, d] += g * row_dt[d]
-                grad_B[block, batch, t, s] = g_b
-                grad_C[block, batch, t, s] = g_c
-            for d in range(width):
-                g = (g_dt[d] * _LN2 + g_input[d] * row_u[d]) * tile_slope[k, d]
-                grad_delta[batch, token, first + d] = g
-                grad_bias[batch, first + d] += g
-                grad_u[batch, token, first + d] = g_input[d] * row_dt[d] + g_y[d] * D[first + d]
-                grad_D[batch, first + d] += g_y[d] * row_u[d]
-    for d in range(width):
-        for s in range(size):
-            grad_A[batch, first + d, s] = g_rates[s, d]
+                g = load(g_state, (s, 0)) + g_y * C[batch, t, s]
+                store(g_BC, (s, 0), g * drive)
+                store(g_BC, (size + s, 0), g_y * load(history, (k + 1, s, 0)))
+                g_drive += g * B[batch, t, s]
+                g = g * load(decays, (k, s, 0))
+                store(g_state, (s, 0), g)
+                g = g * load(history, (k, s, 0))  # now of the exponent Δ·A
+                g_dt += g * load(rate, (s, 0))
+                store(g_rate, (s, 0), load(g_rate, (s, 0)) + g * dt)
+            for s in range(0, g_BC.shape[0], LANES):
+                store(grad_BC, (block, batch, t, s), totals(g_BC, s))
+            g = g_dt * _LN2 + g_drive * x
+            if use_softplus:  # the derivative of Δ = log(1 + e^x) is e^(x - Δ)
+                g = g * exp2((load(raw, (k, 0)) - dt) * _LOG2E)
+            store(grad_delta, (batch, token, first), g)
+            store(grad_u, (batch, token, first), g_drive * dt + g_y * direct)
+            g_shift += g
+            g_direct += g_y * x
+    store(grad_D, (batch, first), g_direct)
+    store(grad_bias, (batch, first), g_shift)
+    for s in range(size):
+        store(grad_rates, (batch, s, first), load(g_rate, (s, 0)))
 
 
 def backward(
@@ -229,31 +213,29 @@ def backward(
     delta_softplus: bool,
 ) -> list[Tensor]:
     """The backward pass; see `make_operator`."""
-    batch, _, channels = u.shape
-    blocks = -(-channels // WIDTH)
-    grad_u, grad_delta = torch.empty(u.shape), torch.empty(u.shape)
-    grad_A, grad_D, grad_bias = (torch.zeros(batch, *x.shape) for x in (A, D, delta_bias))
-    grad_B, grad_C = torch.empty(blocks, *B.shape), torch.empty(blocks, *B.shape)
-    inputs = [
-        _to_numpy(grad_y.float()),
-        _to_numpy(states),
-        *_to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order),
-    ]
-    outputs = [x.numpy() for x in (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)]
+    (batch, length, channels), size = u.shape, A.shape[1]
+    inputs = [_pad(grad_y), _pad(states), *_to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order)]
+    padded = inputs[0].shape[2]
+    blocks = padded // LANES
+    grad_u, grad_delta = torch.empty(batch, length, padded), torch.empty(batch, length, padded)
+    grad_rates, grad_D, grad_bias = (torch.empty(batch, *some, padded) for some in ((size,), (), ()))
+    grad_BC = torch.empty(blocks, batch, length, -(-2 * size // LANES) * LANES)
+    outputs = [x.numpy() for x in (grad_u, grad_delta, grad_rates, grad_BC, grad_D, grad_bias)]
     run_tasks(_backward, batch * blocks, *inputs, delta_softplus, *outputs)
     # One after the other: torch's own sum may choose its order by shape and number of threads.
-    grad_A, grad_B, grad_C, grad_D, grad_bias = (
-        functools.reduce(torch.add, x) for x in (grad_A, grad_B, grad_C, grad_D, grad_bias)
+    grad_rates, grad_BC, grad_D, grad_bias = (
+        functools.reduce(torch.add, x) for x in (grad_rates, grad_BC, grad_D, grad_bias)
     )
+    grad_prompt, grad_BC = grad_BC[..., size : 2 * size], put_rows(grad_BC, order)
     return [
-        grad_u.to(u.dtype),
-        grad_delta.to(delta.dtype),
-        grad_A,
-        put_rows(grad_B, order).to(B.dtype),
-        put_rows(grad_C, order).to(C.dtype),
-        grad_D,
-        grad_bias,
-        *([] if prompt is None else [grad_C.to(prompt.dtype)]),
+        grad_u[..., :channels].to(u.dtype).contiguous(),
+        grad_delta[..., :channels].to(delta.dtype).contiguous(),
+        grad_rates[:, :channels].T.contiguous(),
+        grad_BC[..., :size].to(B.dtype).contiguous(),
+        grad_BC[..., size : 2 * size].to(C.dtype).contiguous(),
+        grad_D[:channels].clone(),
+        grad_bias[:channels].clone(),
+        *([] if prompt is None else [grad_prompt.to(prompt.dtype).contiguous()]),
     ]
 
 

@@ -7,12 +7,20 @@ from torch import Tensor
 
 def take_rows(x: Tensor, order: Tensor | None) -> Tensor:
     """Row i of every sample, x (B, L, K), becomes its row order[i]; unchanged without an order."""
-    return x if order is None else x.take_along_dim(order[..., None], 1)
+    return x if order is None else x.flatten(0, 1).index_select(0, _places(order)).view_as(x)
 
 
 def put_rows(x: Tensor, order: Tensor | None) -> Tensor:
     """The inverse of `take_rows`: row i becomes row order[i]."""
-    return x if order is None else torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
+    if order is None:
+        return x
+    rows = x.flatten(0, 1)
+    return torch.empty_like(rows).index_copy_(0, _places(order), rows).view_as(x)
+
+
+def _places(order: Tensor) -> Tensor:
+    """Where an order's rows lie among those of all samples."""
+    return (order + torch.arange(0, order.numel(), order.shape[1], device=order.device)[:, None]).flatten()
 
 
 def selective_scan(

@@ -5,9 +5,9 @@ and keep the logits of all windows: 32 MiB each time, in every layer, for two 64
 computes them again, from the logarithm of each query's sum that the forward pass leaves. A window's pixels are read
 and written where they are in the picture.
 
-Every inner loop over a product runs over the keys of a window, for two rows and four channels or queries at once: eight
-multiply-adds for six numbers that it reads. Tiles have zeros behind the last query and channel to make up the fours.
-The bias table is turned around, so that the biases of a query and one row of keys lie one after the other.
+Four queries at a time meet vectors of sixteen keys or channels. Tiles have zeros behind the last query, key and
+channel; keys that do not exist get the bias `_NEVER`. The table of biases is turned around, so that those of a query
+and one row of keys lie one after the other.
 
 Tasks are the same whatever the number of threads, and the gradient of the table is summed in a fixed order: results are
 equal to the bit on any number of threads, and a sample's do not depend on its batch.
@@ -16,12 +16,19 @@ equal to the bit on any number of threads, and a sample's do not depend on its b
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, jit_inline, run_tasks
+from mambair_ds.kernels.vectors import LANES, largest, load, spread, store, total
 from mambair_ds.kernels.window_attention.operator import make_operator
 
+KEYS = 64
+"""At a time in the backward pass, about: what it needs of them then fits the first cache."""
+
+_ZERO = np.float32(0)
 _LOG2E = np.float32(1.4426950408889634)
 _MASK = np.float32(-100 * 1.4426950408889634)
+_NEVER = np.float32(-1e30)
 
 
 @jit
@@ -30,17 +37,25 @@ def _places(window, height, width, size, shift):  # type: ignore[no-untyped-def]
     count = height // size * (width // size)
     sample, top, left = window // count, window % count // (width // size) * size, window % (width // size) * size
     places, regions = np.empty(size * size, np.int64), np.empty(size * size, np.int32)
-    for i in range(size * size):
-        row, column = top + i // size, left + i % size
-        regions[i] = 2 * (row >= height - shift) + (column >= width - shift)
-        places[i] = (sample * height + (row + shift) % height) * width + (column + shift) % width
+    for row in range(size):
+        y = top + row
+        start = (sample * height + (y + shift) % height) * width
+        for column in range(size):
+            x = left + column
+            regions[row * size + column] = 2 * (y >= height - shift) + (x >= width - shift)
+            places[row * size + column] = start + (x + shift) % width
     return places, regions
 
 
 @jit
+def _up(number):  # type: ignore[no-untyped-def]
+    return (number + LANES - 1) // LANES * LANES
+
+
+@jit
 def _load(x, places, first, width):  # type: ignore[no-untyped-def]
-    """x[places, first : first + width] with zeros up to multiples of 4."""
-    tile = np.zeros(((len(places) + 3) // 4 * 4, (width + 3) // 4 * 4), np.float32)
+    """x[places, first : first + width] with zeros up to multiples of `LANES`."""
+    tile = np.zeros((_up(len(places)), _up(width)), np.float32)
     for i in range(len(places)):
         for d in range(width):
             tile[i, d] = x[places[i], first + d]
@@ -48,82 +63,79 @@ def _load(x, places, first, width):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _transpose(tile, tokens):  # type: ignore[no-untyped-def]
-    return np.ascontiguousarray(tile[:tokens].T)
+def _turn(tile, width):  # type: ignore[no-untyped-def]
+    """The first `width` columns as rows."""
+    turned = np.empty((width, len(tile)), np.float32)
+    for i in range(len(tile)):
+        for d in range(width):
+            turned[d, i] = tile[i, d]
+    return turned
+
+
+@jit_inline
+def _multiply(sums, left, i, right, j):  # type: ignore[no-untyped-def]
+    """Four vectors: sums + left[i : i + 4] @ right[:, j : j + LANES]."""
+    a, b, c, e = sums
+    for d in range(len(right)):
+        vector = load(right, (d, j))
+        a += vector * left[i, d]
+        b += vector * left[i + 1, d]
+        c += vector * left[i + 2, d]
+        e += vector * left[i + 3, d]
+    return a, b, c, e
+
+
+@jit_inline
+def _load_four(tile, i, j):  # type: ignore[no-untyped-def]
+    return load(tile, (i, j)), load(tile, (i + 1, j)), load(tile, (i + 2, j)), load(tile, (i + 3, j))
+
+
+@jit_inline
+def _spread_four(numbers):  # type: ignore[no-untyped-def]
+    return spread(numbers[0]), spread(numbers[1]), spread(numbers[2]), spread(numbers[3])
+
+
+@jit_inline
+def _store_four(tile, i, j, vectors):  # type: ignore[no-untyped-def]
+    store(tile, (i, j), vectors[0])
+    store(tile, (i + 1, j), vectors[1])
+    store(tile, (i + 2, j), vectors[2])
+    store(tile, (i + 3, j), vectors[3])
 
 
 @jit
-def _add(rows, r, coefficients, i, d, matrix, m):  # type: ignore[no-untyped-def]
-    """rows[r : r + 2] += coefficients[i : i + 2, d : d + 4] @ matrix[m : m + 4]."""
-    a0, a1, a2, a3 = coefficients[i, d], coefficients[i, d + 1], coefficients[i, d + 2], coefficients[i, d + 3]
-    i += 1
-    b0, b1, b2, b3 = coefficients[i, d], coefficients[i, d + 1], coefficients[i, d + 2], coefficients[i, d + 3]
-    for j in range(matrix.shape[1]):
-        m0, m1, m2, m3 = matrix[m, j], matrix[m + 1, j], matrix[m + 2, j], matrix[m + 3, j]
-        rows[r, j] += a0 * m0 + a1 * m1 + a2 * m2 + a3 * m3
-        rows[r + 1, j] += b0 * m0 + b1 * m1 + b2 * m2 + b3 * m3
+def _masks(keys, width):  # type: ignore[no-untyped-def]
+    """(4, width): what the logits of a query of each region get for `keys`, the keys' regions, and for none at all."""
+    masks = np.full((4, width), _NEVER)
+    for region in range(4):
+        for j in range(len(keys)):
+            masks[region, j] = _ZERO if keys[j] == region else _MASK
+    return masks
 
 
-@jit_reassociating
-def _dot(rows, r, matrix, d, out):  # type: ignore[no-untyped-def]
-    """out[:2, d : d + 4] = rows[r : r + 2] @ matrix[d : d + 4].T"""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for j in range(rows.shape[1]):
-        m0, m1, m2, m3 = matrix[d, j], matrix[d + 1, j], matrix[d + 2, j], matrix[d + 3, j]
-        a, b = rows[r, j], rows[r + 1, j]
-        a0 += a * m0
-        a1 += a * m1
-        a2 += a * m2
-        a3 += a * m3
-        b0 += b * m0
-        b1 += b * m1
-        b2 += b * m2
-        b3 += b * m3
-    out[0, d], out[0, d + 1], out[0, d + 2], out[0, d + 3] = a0, a1, a2, a3
-    out[1, d], out[1, d + 1], out[1, d + 2], out[1, d + 3] = b0, b1, b2, b3
+@jit_inline
+def _load_biases(tile, turned, masks, masked, regions, head, size, first, top, rows):  # type: ignore[no-untyped-def]
+    """tile[:4] = what is added to the logits of queries first to first + 3 with the keys of `rows` rows from `top`."""
+    for r in range(min(4, len(regions) - first)):
+        down, across = (first + r) // size, (first + r) % size
+        for row in range(rows):
+            for column in range(0, size, LANES):  # what is too much is overwritten by the next row
+                bias = load(turned, (head, top + row - down + size - 1, column - across + size - 1))
+                store(tile, (r, row * size + column), bias)
+        if masked:
+            for j in range(0, masks.shape[1], LANES):
+                store(tile, (r, j), load(tile, (r, j)) + load(masks, (regions[first + r], j)))
 
 
-@jit_reassociating
-def _sum(rows, r):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for j in range(rows.shape[1]):
-        total += rows[r, j]
-    return total
-
-
-@jit
-def _max(rows, r):  # type: ignore[no-untyped-def]
-    largest = rows[r, 0]
-    for j in range(rows.shape[1]):
-        largest = max(largest, rows[r, j])
-    return largest
-
-
-@jit
-def _logits(rows, r, turned, regions, seam, q, i, k_t):  # type: ignore[no-untyped-def]
-    """rows[r : r + 2] = the logits of queries i and i + 1, in units of log 2, where these exist."""
-    size = (len(turned) + 1) // 2
-    for n in range(min(2, len(regions) - i)):
-        down, across = (i + n) // size, (i + n) % size
-        for row in range(size):
-            for column in range(size):
-                bias = turned[row - down + size - 1, column - across + size - 1]
-                rows[r + n, row * size + column] = bias * _LOG2E
-        if seam:
-            for j in range(len(regions)):
-                rows[r + n, j] += _MASK if regions[j] != regions[i + n] else np.float32(0)
-    for d in range(0, q.shape[1], 4):
-        _add(rows, r, q, i, d, k_t, d)
-
-
-@jit
-def _add_to_table(turned, rows, r, i):  # type: ignore[no-untyped-def]
+@jit_inline
+def _add_to_table(turned, window, head, tile, r, size, i, top, rows):  # type: ignore[no-untyped-def]
     """Add row r of the logits' gradient, that of query i, to the turned table's gradient."""
-    size = (len(turned) + 1) // 2
     down, across = i // size, i % size
-    for row in range(size):
-        for column in range(size):
-            turned[row - down + size - 1, column - across + size - 1] += rows[r, row * size + column]
+    for row in range(rows):
+        # An unsigned index is not one that counts from the end, so that the loop is vectorized.
+        at, before, j = np.uint64(top + row - down + size - 1), np.uint64(size - 1 - across), np.uint64(row * size)
+        for column in range(np.uint64(size)):
+            turned[window, head, at, before + column] += tile[r, j + column]
 
 
 @jit
@@ -131,26 +143,36 @@ def _forward(task, qkv, turned, height, width, size, shift, out, lse):  # type: 
     heads, dim = len(turned), out.shape[1] // len(turned)
     window, head = task // heads, task % heads
     places, regions = _places(window, height, width, size, shift)
-    tokens, seam = size * size, np.any(regions != regions[0])
+    tokens = size * size
     q = _load(qkv, places, head * dim, dim) * (_LOG2E / np.float32(np.sqrt(dim)))
-    k_t = _transpose(_load(qkv, places, (heads + head) * dim, dim), tokens)
-    v_t = _transpose(_load(qkv, places, (2 * heads + head) * dim, dim), tokens)
-    weights = np.zeros((2, tokens), np.float32)
-    y, maxima = np.empty((2, len(v_t)), np.float32), np.empty(2, np.float32)
-    for first in range(0, tokens, 2):
-        _logits(weights, 0, turned[head], regions, seam, q, first, k_t)
-        for r in range(2):
-            largest = _max(weights, r)
-            for j in range(tokens):
-                weights[r, j] = exp2(weights[r, j] - largest)
-            maxima[r] = largest
-        for d in range(0, dim, 4):
-            _dot(weights, 0, v_t, d, y)
-        for r in range(min(2, tokens - first)):
-            total, place = _sum(weights, r), places[first + r]
-            lse[place, head] = maxima[r] + np.log2(total)
+    k_t = _turn(_load(qkv, places, (heads + head) * dim, dim), dim)
+    v = _load(qkv, places, (2 * heads + head) * dim, dim)
+    masks, masked = _masks(regions, len(v)), len(v) > tokens or np.any(regions != regions[0])
+    weights = np.zeros((4, len(v) + LANES), np.float32)
+    y = np.empty((4, v.shape[1]), np.float32)
+    highest, sums = np.empty(4, np.float32), np.empty(4, np.float32)
+    for first in range(0, tokens, 4):
+        _load_biases(weights, turned, masks, masked, regions, head, size, first, 0, size)
+        a, b, c, e = _spread_four((_NEVER, _NEVER, _NEVER, _NEVER))
+        for j in range(0, len(v), LANES):
+            logits = _multiply(_load_four(weights, 0, j), q, first, k_t, j)
+            _store_four(weights, 0, j, logits)
+            a, b, c, e = max(logits[0], a), max(logits[1], b), max(logits[2], c), max(logits[3], e)
+        highest[0], highest[1], highest[2], highest[3] = largest(a), largest(b), largest(c), largest(e)
+        for r in range(4):
+            vector = spread(_ZERO)
+            for j in range(0, len(v), LANES):
+                weight = exp2(load(weights, (r, j)) - highest[r])
+                store(weights, (r, j), weight)
+                vector += weight
+            sums[r] = total(vector)
+        for d in range(0, v.shape[1], LANES):
+            _store_four(y, 0, d, _multiply(_spread_four((_ZERO, _ZERO, _ZERO, _ZERO)), weights, 0, v, d))
+        for r in range(min(4, tokens - first)):
+            place, rate = places[first + r], np.float32(1) / sums[r]
+            lse[place, head] = highest[r] + np.log2(sums[r])
             for d in range(dim):
-                out[place, head * dim + d] = y[r, d] / total
+                out[place, head * dim + d] = y[r, d] * rate
 
 
 @jit
@@ -158,57 +180,70 @@ def _backward(task, grad_out, out, lse, qkv, turned, height, width, size, shift,
     heads, dim = len(turned), out.shape[1] // len(turned)
     window, head = task // heads, task % heads
     places, regions = _places(window, height, width, size, shift)
-    tokens, seam = size * size, np.any(regions != regions[0])
+    tokens = size * size
     scale = np.float32(1) / np.float32(np.sqrt(dim))
-    weights = np.zeros((4, tokens), np.float32)
-    grad_logits = np.zeros((4, tokens), np.float32)
     q = _load(qkv, places, head * dim, dim) * (_LOG2E * scale)
     grad = _load(grad_out, places, head * dim, dim)
-    k_t = _transpose(_load(qkv, places, (heads + head) * dim, dim), tokens)
-    v_t = _transpose(_load(qkv, places, (2 * heads + head) * dim, dim), tokens)
-    q_t, grad_t = _transpose(q, len(q)), _transpose(grad, len(grad))
-    grad_q = np.empty((2, len(k_t)), np.float32)
-    grad_k, grad_v = np.zeros(k_t.shape, np.float32), np.zeros(v_t.shape, np.float32)
-    for first in range(0, tokens, 4):
-        for pair in range(0, 4, 2):
-            if first + pair < tokens:
-                _logits(weights, pair, turned[head], regions, seam, q, first + pair, k_t)
-            for r in range(pair, min(pair + 2, tokens - first)):
-                place, i = places[first + r], first + r
-                log_sum, delta = lse[place, head], np.float32(0)
-                for d in range(dim):
-                    delta += grad[i, d] * out[place, head * dim + d]
-                for j in range(tokens):
-                    weights[r, j] = exp2(weights[r, j] - log_sum)
-                    grad_logits[r, j] = -delta
-            for d in range(0, len(v_t), 4):
-                _add(grad_logits, pair, grad, first + pair, d, v_t, d)
-            for r in range(pair, min(pair + 2, tokens - first)):
-                for j in range(tokens):
-                    grad_logits[r, j] *= weights[r, j]
-                _add_to_table(part_turned[window, head], grad_logits, r, first + r)
-            for d in range(0, dim, 4):
-                _dot(grad_logits, pair, k_t, d, grad_q)
-            for r in range(pair, min(pair + 2, tokens - first)):
-                for d in range(dim):
-                    grad_qkv[places[first + r], head * dim + d] = grad_q[r - pair, d] * scale
-        for d in range(0, dim, 2):  # rows behind the last query meet zeros in q and grad
-            _add(grad_k, d, q_t, d, first, grad_logits, 0)
-            _add(grad_v, d, grad_t, d, first, weights, 0)
-    for j in range(tokens):
-        for d in range(dim):  # q carries the scale, and the base of 2
-            grad_qkv[places[j], (heads + head) * dim + d] = grad_k[d, j] / _LOG2E
-            grad_qkv[places[j], (2 * heads + head) * dim + d] = grad_v[d, j]
+    grad_q = np.zeros(q.shape, np.float32)
+    sums, deltas = np.zeros(len(q), np.float32), np.zeros(len(q), np.float32)
+    for i in range(tokens):
+        sums[i] = lse[places[i], head]
+        for d in range(dim):
+            deltas[i] -= grad[i, d] * out[places[i], head * dim + d]
+    step = max(1, KEYS // size)
+    for top in range(0, size, step):
+        rows = min(step, size - top)
+        keys = places[top * size : (top + rows) * size]
+        k, v = _load(qkv, keys, (heads + head) * dim, dim), _load(qkv, keys, (2 * heads + head) * dim, dim)
+        k_t, v_t = _turn(k, dim), _turn(v, dim)
+        grad_k, grad_v = np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
+        masks = _masks(regions[top * size : (top + rows) * size], len(k))
+        masked = len(k) > len(keys) or np.any(regions != regions[0])
+        weights = np.zeros((4, len(k) + LANES), np.float32)
+        grad_logits = np.empty((4, len(k)), np.float32)
+        for first in range(0, tokens, 4):
+            _load_biases(weights, turned, masks, masked, regions, head, size, first, top, rows)
+            for j in range(0, len(k), LANES):
+                a, b, c, e = _multiply(_load_four(weights, 0, j), q, first, k_t, j)
+                a, b = exp2(a - sums[first]), exp2(b - sums[first + 1])
+                c, e = exp2(c - sums[first + 2]), exp2(e - sums[first + 3])
+                _store_four(weights, 0, j, (a, b, c, e))
+            for j in range(0, len(k), LANES):
+                four = deltas[first], deltas[first + 1], deltas[first + 2], deltas[first + 3]
+                a, b, c, e = _multiply(_spread_four(four), grad, first, v_t, j)
+                p = _load_four(weights, 0, j)
+                _store_four(grad_logits, 0, j, (a * p[0], b * p[1], c * p[2], e * p[3]))
+            for r in range(min(4, tokens - first)):
+                _add_to_table(part_turned, window, head, grad_logits, r, size, first + r, top, rows)
+            for d in range(0, k.shape[1], LANES):
+                _store_four(grad_q, first, d, _multiply(_load_four(grad_q, first, d), grad_logits, 0, k, d))
+                # Rows behind the last query meet zeros in q and in the gradient.
+                a, b, c, e = _load_four(q, first, d)
+                for j in range(len(keys)):
+                    sum_k = a * grad_logits[0, j] + load(grad_k, (j, d))
+                    store(grad_k, (j, d), sum_k + b * grad_logits[1, j] + c * grad_logits[2, j] + e * grad_logits[3, j])
+                a, b, c, e = _load_four(grad, first, d)
+                for j in range(len(keys)):
+                    sum_v = a * weights[0, j] + load(grad_v, (j, d))
+                    store(grad_v, (j, d), sum_v + b * weights[1, j] + c * weights[2, j] + e * weights[3, j])
+        for j in range(len(keys)):
+            for d in range(dim):  # q carries the scale, and the base of 2
+                grad_qkv[keys[j], (heads + head) * dim + d] = grad_k[j, d] / _LOG2E
+                grad_qkv[keys[j], (2 * heads + head) * dim + d] = grad_v[j, d]
+    for i in range(tokens):
+        for d in range(dim):
+            grad_qkv[places[i], head * dim + d] = grad_q[i, d] * scale
 
 
 def _rows(x: Tensor) -> np.ndarray:
     return x.detach().float().flatten(0, 2).numpy()
 
 
-def _turn(table: Tensor, window_size: int) -> np.ndarray:
-    """(heads, 2w - 1, 2w - 1), in which both differences are from query to key."""
+def _turned(table: Tensor, window_size: int) -> np.ndarray:
+    """(heads, 2w - 1, 2w - 1 and more) in units of log 2, in which both differences are from query to key."""
     side = 2 * window_size - 1
-    return table.detach().float().T.flip(1).reshape(-1, side, side).contiguous().numpy()
+    turned = table.detach().float().T.flip(1).reshape(-1, side, side) * float(_LOG2E)
+    return pad(turned, (0, LANES)).numpy()
 
 
 def forward(qkv: Tensor, table: Tensor, num_heads: int, window_size: int, shift: int) -> tuple[Tensor, Tensor]:
@@ -218,7 +253,7 @@ def forward(qkv: Tensor, table: Tensor, num_heads: int, window_size: int, shift:
     lse = qkv.new_empty((batch, height, width, num_heads), dtype=torch.float32)
     tasks = qkv[..., 0].numel() // window_size**2 * num_heads
     sizes = (height, width, window_size, shift)
-    run_tasks(_forward, tasks, _rows(qkv), _turn(table, window_size), *sizes, _rows(out), _rows(lse))
+    run_tasks(_forward, tasks, _rows(qkv), _turned(table, window_size), *sizes, _rows(out), _rows(lse))
     return out.to(qkv.dtype), lse
 
 
@@ -228,8 +263,8 @@ def backward(
     """See `make_operator`."""
     height, width = qkv.shape[1:3]
     windows = qkv[..., 0].numel() // window_size**2
-    turned = _turn(table, window_size)
-    part_turned = np.zeros((windows, *turned.shape), np.float32)
+    turned = _turned(table, window_size)
+    part_turned = np.zeros((windows, num_heads, 2 * window_size - 1, 2 * window_size - 1), np.float32)
     grad_qkv = torch.empty_like(qkv, dtype=torch.float32)
     sizes = (height, width, window_size, shift)
     tensors = (_rows(x) for x in (grad, out, lse, qkv))
