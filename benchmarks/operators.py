@@ -29,6 +29,7 @@ from typing import Any
 
 # A thread that waits must not use the core's time; read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import mamba_ssm_peer
 import torch

@@ -26,6 +26,7 @@ from typing import TypeVar
 
 # A thread that waits must not hold the core that the one it waits for needs; read when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import baseline
 import torch
