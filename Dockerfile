@@ -110,6 +110,13 @@ COPY --chmod=755 docker/entry docker/healthcheck /usr/local/bin/
 COPY configs /workspace/configs
 ENV PATH=/opt/venv/bin:$PATH HOME=/cache USER=mambair PYTHONUNBUFFERED=1 CC=gcc \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# The kernels of the Base and Light networks, 60 MB for a compute capability, so that no first step waits for them; the
+# entry puts them into a cache that has none.
+ARG KERNELS_FOR="9.0"
+RUN for capability in $KERNELS_FOR; do \
+        HOME=/tmp TRITON_CACHE_DIR=/opt/kernels python -m mambair_ds.compile --capability "$capability" \
+            --config /workspace/configs/x2.yml /workspace/configs/denoise_50.yml /workspace/configs/x2_light.yml; \
+    done
 ARG VERSION=0.1.0 REVISION=unknown BASE_IMAGE
 LABEL org.opencontainers.image.title="mambair-ds" \
       org.opencontainers.image.description="Train MambaIRv2 image restoration" \

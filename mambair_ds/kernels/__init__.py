@@ -13,8 +13,20 @@ import sys
 from collections.abc import Mapping
 from types import ModuleType
 
+import torch
+
 logger = logging.getLogger(__name__)
 _PACKAGE = sys.modules[__name__]
+
+compiling_for: tuple[int, int] | None = None
+"""The compute capability of a GPU that is not there, whose place the CPU takes; see `ahead`."""
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """A GPU's compute capability; None of a CPU."""
+    if compiling_for is not None or device.type != "cuda":
+        return compiling_for
+    return torch.cuda.get_device_capability(device)
 
 
 def gpu_class(capability: tuple[int, int]) -> str:
@@ -42,6 +54,7 @@ def load_backend(operator: str, files: Mapping[str, str], device_type: str, requ
     Raises:
         ValueError: there is no such backend, or it does not run on that device.
     """
+    device_type = "cuda" if compiling_for else device_type
     return getattr(getattr(_PACKAGE, operator), _import(operator, files, device_type, requested))
 
 

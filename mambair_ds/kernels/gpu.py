@@ -6,22 +6,20 @@ as if they were integers.
 
 # mypy: disable-error-code="no-untyped-def"
 
-import functools
 import os
 
 import torch
 import triton
 import triton.language as tl
 
-from mambair_ds.kernels import gpu_class
+from mambair_ds.kernels import capability, gpu_class
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@functools.cache
 def class_of(device: torch.device) -> str:
     """A device's `gpu_class`; where the interpreter runs the kernels on a CPU they are those of an H100."""
-    return gpu_class(torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0))
+    return gpu_class(capability(device) or (9, 0))
 
 
 @triton.jit

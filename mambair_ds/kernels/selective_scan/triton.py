@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambair_ds.kernels.gpu import INTERPRETED
 from mambair_ds.kernels.selective_scan.operator import make_operator
 
 SEGMENT = 64
@@ -591,7 +592,7 @@ def backward(
         backward_inputs[segments * blocks, batch](
             grad_y, u, delta, rates, columns, D, delta_bias, order, states, grad_states,
             grad_u, grad_delta, part_A, part_BC, part_D, part_bias,
-            CHUNK=CHUNK, WIDTH=width, MATRIX=u.is_cuda and u.element_size() == 2, **sizes,
+            CHUNK=CHUNK, WIDTH=width, MATRIX=not INTERPRETED and u.element_size() == 2, **sizes,
         )  # fmt: skip
         grad_B, grad_C, *grad_prompt = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C, prompt) if x is not None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels import gpu_class, load_backend
+from mambair_ds.kernels import capability, gpu_class, load_backend
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 _TRITON_WINDOWS = (4, 8, 16)
@@ -49,10 +49,11 @@ def window_attention(
 
 def _fits(qkv: Tensor, window_size: int) -> bool:
     """Whether the device's own backend can do it."""
-    if qkv.device.type != "cuda":
+    gpu = capability(qkv.device)
+    if gpu is None:
         return True
     # In float32 the kernels need 224 KiB of shared memory.
-    roomy = qkv.dtype != torch.float32 or gpu_class(torch.cuda.get_device_capability(qkv.device)) in ("H100", "B200")
+    roomy = qkv.dtype != torch.float32 or gpu_class(gpu) in ("H100", "B200")
     return roomy and window_size in _TRITON_WINDOWS
 
 
