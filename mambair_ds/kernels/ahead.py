@@ -29,7 +29,7 @@ def compile_kernels(config: RunConfig, capability: tuple[int, int]) -> tuple[int
     Returns:
         How many kernels there are, and how many of them were in the cache already.
     """
-    processes = len(os.sched_getaffinity(0))
+    processes = min(len(os.sched_getaffinity(0)), 16)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         shares = [pool.submit(_compile_share, config, capability, i, processes) for i in range(processes)]
         compiled = [share.result() for share in shares]
@@ -42,6 +42,7 @@ def _compile_share(config: RunConfig, capability: tuple[int, int], share: int, s
 
     For a process that does nothing else, as Triton is another afterwards.
     """
+    os.environ.pop("TRITON_INTERPRET", None)
     import torch
     from triton import knobs
     from triton.backends.compiler import GPUTarget
