@@ -22,11 +22,16 @@ compiling_for: tuple[int, int] | None = None
 """The compute capability of a GPU that is not there, whose place the CPU takes; see `ahead`."""
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability; None of a CPU."""
-    if compiling_for is not None or device.type != "cuda":
-        return compiling_for
-    return torch.cuda.get_device_capability(device)
+def on_cpu(device: torch.device) -> bool:
+    """Whether a tensor's operators run on the CPU."""
+    return device.type == "cpu" and compiling_for is None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; where the interpreter runs the kernels on a CPU they are those of an H100."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return compiling_for or (9, 0)
 
 
 def gpu_class(capability: tuple[int, int]) -> str:
@@ -70,6 +75,7 @@ def _import(operator: str, files: Mapping[str, str], device_type: str, requested
     return files[backend]
 
 
-# torch.compile runs it instead of tracing it; torch.compiler.assume_constant_result does the same, but imports the
+# torch.compile runs these instead of tracing them; torch.compiler.assume_constant_result does the same, but imports the
 # compiler, and with it Triton.
-setattr(_import, "_dynamo_marked_constant", True)  # noqa: B010
+for _function in (_import, capability):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010

@@ -1,4 +1,4 @@
-"""What the Triton backends share: matrix products, activations, and which GPU it is.
+"""What the Triton backends share: matrix products and activations.
 
 Triton's interpreter runs the kernels on a CPU for the tests. It has no inline assembly, and multiplies bfloat16 numbers
 as if they were integers.
@@ -8,18 +8,10 @@ as if they were integers.
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 
-from mambair_ds.kernels import capability, gpu_class
-
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def class_of(device: torch.device) -> str:
-    """A device's `gpu_class`; where the interpreter runs the kernels on a CPU they are those of an H100."""
-    return gpu_class(capability(device) or (9, 0))
 
 
 @triton.jit

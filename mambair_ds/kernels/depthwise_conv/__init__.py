@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels import capability, load_backend
+from mambair_ds.kernels import load_backend, on_cpu
 
 Epilogue = Literal["none", "gelu_residual", "sigmoid_gate", "norm_gate"]
 
@@ -50,7 +50,7 @@ def depthwise_conv(
         ValueError: a shape, dtype or device that does not fit, an unknown epilogue or backend.
     """
     # On a CPU PyTorch's own backward pass is faster than ours for kernels of 3×3, and slower for 5×5.
-    if backend is None and (x.dtype == torch.float64 or (capability(x.device) is None and weight.shape[-1] <= 3)):
+    if backend is None and (x.dtype == torch.float64 or (on_cpu(x.device) and weight.shape[-1] <= 3)):
         backend = "reference"
     _check(x, weight, bias, epilogue, gate, norm, float64=backend == "reference")
     module = load_backend("depthwise_conv", _FILES, x.device.type, backend)

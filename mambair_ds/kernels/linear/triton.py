@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambair_ds.kernels.gpu import class_of, dot, gelu, gelu_slope
+from mambair_ds.kernels import capability, gpu_class
+from mambair_ds.kernels.gpu import dot, gelu, gelu_slope
 from mambair_ds.kernels.linear import reference
 from mambair_ds.kernels.linear.operator import make_operator
 
@@ -418,7 +419,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `make_operator`."""
     (rows, inputs), outputs = x.shape, len(weight)
-    target = Target(dtype, class_of(x.device))
+    target = Target(dtype, gpu_class(capability(x.device)))
     cut = plan("multiply", inputs, target)
     y = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     statistics = x.new_empty(2, 0 if gamma is None else rows, dtype=torch.float32)
@@ -449,7 +450,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `make_operator`."""
     (rows, inputs), outputs = x.shape, len(weight)
-    target = Target(dtype, class_of(x.device))
+    target = Target(dtype, gpu_class(capability(x.device)))
     cut = plan("differentiate", inputs, target)
     programs = triton.cdiv(rows, cut.rows)
     groups, count, steps = ranges(rows, inputs, outputs, target)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mambair_ds.kernels import capability, gpu_class, load_backend
+from mambair_ds.kernels import capability, gpu_class, load_backend, on_cpu
 
 _FILES = {"reference": "reference", "torch": "cpu", "triton": "triton"}
 _TRITON_WINDOWS = (4, 8, 16)
@@ -49,11 +49,10 @@ def window_attention(
 
 def _fits(qkv: Tensor, window_size: int) -> bool:
     """Whether the device's own backend can do it."""
-    gpu = capability(qkv.device)
-    if gpu is None:
+    if on_cpu(qkv.device):
         return True
     # In float32 the kernels need 224 KiB of shared memory.
-    roomy = qkv.dtype != torch.float32 or gpu_class(gpu) in ("H100", "B200")
+    roomy = qkv.dtype != torch.float32 or gpu_class(capability(qkv.device)) in ("H100", "B200")
     return roomy and window_size in _TRITON_WINDOWS
 
 
