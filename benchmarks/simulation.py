@@ -204,6 +204,6 @@ def simulate(case: Case, compiled: Compiled) -> tuple[float, dict[str, float]]:
             rounds = max(1, min(3, round(case.programs * case.warps / MULTIPROCESSORS / 4 / warps)))
             rate += share * warps * rounds / _run(code, path, warps, rounds, together)[0]
     cycles, waits = _run(code, path, 1, 1, 1)
-    paths = case.programs * case.warps / MULTIPROCESSORS / 4
+    paths = max(case.programs * case.warps / MULTIPROCESSORS / 4, 1)  # no warp runs less than one
     longest = sorted(waits, key=lambda name: -waits[name])[:3]
     return paths / rate / CLOCK * 1e3, {name: waits[name] / cycles for name in longest}

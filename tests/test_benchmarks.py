@@ -129,10 +129,14 @@ def test_settings_of_a_variant_are_taken_back(operators: ModuleType) -> None:
     assert module.UNROLL == 4
 
 
-def _cycles(code: str, warps: int, trips: tuple[float, ...] = ()) -> float:
+def test_a_simulated_grid_takes_no_less_than_one_warp(operators: ModuleType) -> None:
+    assert _cycles(_line("MUFU.EX2 R0, R1") * 10 + _line("EXIT"), 1 / 2) == pytest.approx(80, abs=10)
+
+
+def _cycles(code: str, warps: float, trips: tuple[float, ...] = ()) -> float:
     """Of all multiprocessors' quarters with so many warps each."""
     disassembly, simulation = importlib.import_module("disassembly"), importlib.import_module("simulation")
-    programs = 4 * warps * simulation.MULTIPROCESSORS
+    programs = round(4 * warps * simulation.MULTIPROCESSORS)
     case = disassembly.Case(None, "", {}, {}, 1, programs, "", 1, 1, 1, trips, 1)
     time, _ = simulation.simulate(case, disassembly.Compiled(32, 0, 0, code))
     return time / 1e3 * simulation.CLOCK
