@@ -11,11 +11,13 @@ import functools
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
 from mambair_ds.kernels.philox.cpu import gumbel
 from mambair_ds.kernels.routing.operator import Draw, make_operators
 from mambair_ds.kernels.routing.reference import probabilities
+from mambair_ds.kernels.vectors import LANES, largest, load, spread, store, total
 
 TOKENS = 512
 CLOSE = np.float32(1e-5)
@@ -26,6 +28,7 @@ occurs, the softmax by 2^-22 again; this is 20 times as much.
 """
 
 _LOG2E = np.float32(1.4426950408889634)
+_NEVER = np.float32(-1e30)
 
 
 @jit
@@ -43,11 +46,11 @@ def _choose(task, scores, noise, has_noise, index):
     for i in range(start, min(start + TOKENS, length)):
         x = scores[sample, i]
         _add(x, noise[sample, i], has_noise, y)
-        largest, size = y[0], np.float32(0)
+        most, size = y[0], np.float32(0)
         for t in range(classes):
-            largest = max(largest, y[t])
+            most = max(most, y[t])
             size = max(size, abs(x[t]))
-        margin = largest - CLOSE * (np.float32(1) + size + abs(largest))
+        margin = most - CLOSE * (np.float32(1) + size + abs(most))
         first, last = classes, -1
         for t in range(classes):
             first = min(first, t if y[t] >= margin else classes)
@@ -100,52 +103,53 @@ def order(index: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return places, inverse
 
 
-@jit_reassociating
+@jit
 def _differentiate(task, grad, scores, noise, has_noise, table_t, index, grad_scores, part_table):
     _, length, classes = scores.shape
     blocks = (length + TOKENS - 1) // TOKENS
     sample, start = task // blocks, task % blocks * TOKENS
-    part = part_table[task]
-    soft = np.empty(classes, np.float32)
-    inner = np.empty(classes, np.float32)
+    soft, inner = np.empty(classes, np.float32), np.empty(classes, np.float32)
     for i in range(start, min(start + TOKENS, length)):
-        g, row = grad[sample, i], part[index[sample, i]]
-        _add(scores[sample, i], noise[sample, i], has_noise, soft)
-        largest = soft[0]
-        for t in range(classes):
-            largest = max(largest, soft[t])
-        for t in range(classes):
-            soft[t] = exp2((soft[t] - largest) * _LOG2E)
-            inner[t] = np.float32(0)
-        for s in range(len(g)):
-            row[s] += g[s]
-            column, value = table_t[s], g[s]
-            for t in range(classes):
-                inner[t] += value * column[t]
-        total = mean = np.float32(0)
-        for t in range(classes):
-            total += soft[t]
-            mean += soft[t] * inner[t]
-        scale = np.float32(1) / total
-        mean *= scale
-        out = grad_scores[sample, i]
-        for t in range(classes):
-            out[t] = soft[t] * scale * (inner[t] - mean)
+        most = spread(_NEVER)
+        for t in range(0, classes, LANES):
+            x = load(scores, (sample, i, t))
+            if has_noise:
+                x += load(noise, (sample, i, t))
+            store(soft, t, x)
+            most = max(x, most)
+        high = largest(most)
+        sums, means = spread(np.float32(0)), spread(np.float32(0))
+        for t in range(0, classes, LANES):
+            x, y = exp2((load(soft, t) - high) * _LOG2E), spread(np.float32(0))
+            for s in range(len(table_t)):
+                y += load(table_t, (s, t)) * grad[sample, i, s]
+            store(soft, t, x)
+            store(inner, t, y)
+            sums += x
+            means += x * y
+        scale = np.float32(1) / total(sums)
+        mean = total(means) * scale
+        for t in range(0, classes, LANES):
+            store(grad_scores, (sample, i, t), load(soft, t) * scale * (load(inner, t) - mean))
+        for s in range(len(table_t)):
+            part_table[task, index[sample, i], s] += grad[sample, i, s]
 
 
 def differentiate(grad: Tensor, scores: Tensor, table: Tensor, index: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """See `make_operators`."""
-    noise, wide = _noise(scores, draw), scores.float()
-    blocks = -(-scores.shape[1] // TOKENS)
-    grad_scores, part_table = torch.empty_like(wide), torch.zeros(len(scores) * blocks, *table.shape)
+    noise, (batch, length, classes) = _noise(scores, draw), scores.shape
+    more = (0, -classes % LANES)  # classes, with a score that none of them has
+    wide = pad(scores.float(), more, value=float(_NEVER))
+    blocks = -(-length // TOKENS)
+    grad_scores, part_table = torch.empty_like(wide), torch.zeros(batch * blocks, *table.shape)
     run_tasks(
-        _differentiate, len(part_table), grad.float().numpy(), wide.numpy(),
-        (wide if noise is None else noise).numpy(), noise is not None,
-        table.float().T.contiguous().numpy(), index.numpy(), grad_scores.numpy(), part_table.numpy(),
+        _differentiate, len(part_table), grad.float().contiguous().numpy(), wide.numpy(),
+        wide.numpy() if noise is None else pad(noise, more).numpy(), noise is not None,
+        pad(table.float().T, more).contiguous().numpy(), index.numpy(), grad_scores.numpy(), part_table.numpy(),
     )  # fmt: skip
     # One after the other: torch's own sum may choose its order by shape and number of threads.
     samples = [functools.reduce(torch.add, sample) for sample in part_table.split(blocks)]
-    return grad_scores.to(scores.dtype), functools.reduce(torch.add, samples)
+    return grad_scores[..., :classes].to(scores.dtype).contiguous(), functools.reduce(torch.add, samples)
 
 
 choose_class, class_order, class_prompt = make_operators("cpu", choose, order, differentiate)
