@@ -111,7 +111,7 @@ COPY configs /workspace/configs
 ENV PATH=/opt/venv/bin:$PATH HOME=/cache USER=mambair PYTHONUNBUFFERED=1 CC=gcc \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # The kernels of the Base and Light networks, 60 MB for a compute capability, so that no first step waits for them; the
-# entry puts them into a cache that has none.
+# entry tells Triton's cache where they lie.
 ARG KERNELS_FOR="9.0"
 RUN for capability in $KERNELS_FOR; do \
         HOME=/tmp TRITON_CACHE_DIR=/opt/kernels python -m mambair_ds.compile --capability "$capability" \

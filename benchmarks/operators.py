@@ -12,7 +12,6 @@ same run. Kept is what autograd saves besides the inputs. GPUs compute in bfloat
 import argparse
 import functools
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -27,9 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# A thread that waits must not use the core's time; read when torch loads OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "300")
+from mambair_ds.training.launch import Launch, share_cores
+
+share_cores(Launch("python", 0, 0, 1, 1))  # as a run does, before torch
 
 import mamba_ssm_peer
 import torch

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-# A thread that waits must not hold the core that the one it waits for needs; read when torch loads OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "300")
+from mambair_ds.training.launch import Launch, share_cores
+
+share_cores(Launch("python", 0, 0, 1, 1))  # as a run does, before torch
 
 import baseline
 import torch

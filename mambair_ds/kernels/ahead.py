@@ -10,13 +10,14 @@ import os
 from collections.abc import Hashable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from mambair_ds import kernels
 from mambair_ds.config import RunConfig
-
-if TYPE_CHECKING:
-    import torch
+from mambair_ds.kernels.philox import DEGRADATION_STREAM, NoiseKey, normal
+from mambair_ds.models import build_model
 
 
 def compile_kernels(config: RunConfig, capability: tuple[int, int]) -> tuple[int, int]:
@@ -33,8 +34,8 @@ def compile_kernels(config: RunConfig, capability: tuple[int, int]) -> tuple[int
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         shares = [pool.submit(_compile_share, config, capability, i, processes) for i in range(processes)]
         compiled = [share.result() for share in shares]
-    keys = set().union(*compiled)
-    return len(keys), len(keys) - sum(sum(one.values()) for one in compiled)
+    keys, new = set().union(*compiled), {key for one in compiled for key, is_new in one.items() if is_new}
+    return len(keys), len(keys) - len(new)
 
 
 def _compile_share(config: RunConfig, capability: tuple[int, int], share: int, shares: int) -> dict[str, bool]:
@@ -42,8 +43,7 @@ def _compile_share(config: RunConfig, capability: tuple[int, int], share: int, s
 
     For a process that does nothing else, as Triton is another afterwards.
     """
-    os.environ.pop("TRITON_INTERPRET", None)
-    import torch
+    os.environ.pop("TRITON_INTERPRET", None)  # before a kernel's file is imported
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -94,11 +94,6 @@ def _kind(argument: Any) -> Hashable:
 
 def take_step(config: RunConfig, device: torch.device) -> None:
     """Forward and backward pass of a run's batch on two layers of each stage, with pictures of zeros."""
-    import torch
-
-    from mambair_ds.kernels.philox import DEGRADATION_STREAM, NoiseKey, normal
-    from mambair_ds.models import build_model
-
     network = config.network.model_copy(update={"depths": [min(depth, 2) for depth in config.network.depths]})
     model = build_model(network).to(device).train()
     precision = "bf16" if config.train.precision == "auto" else config.train.precision

@@ -20,21 +20,16 @@ from mambair_ds.kernels.vectors import power_of_two
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel for this CPU on its first call, without the GIL and with fused multiply-adds."""
-    return _compile(function, {"contract", "nsz"})
+    return _compile(function)
 
 
 def jit_inline(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jit` for a part of kernels whose vectors are to stay in registers."""
-    return _compile(function, {"contract", "nsz"}, forceinline=True)
+    return _compile(function, forceinline=True)
 
 
-def jit_reassociating(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jit` for a kernel that sums over its inner loop: the compiler may reorder additions, once and for all."""
-    return _compile(function, {"contract", "nsz", "reassoc"})
-
-
-def _compile(function: Callable[..., Any], fastmath: set[str], **options: bool) -> Callable[..., Any]:
-    compiler = functools.partial(numba.njit, nogil=True, fastmath=fastmath, error_model="numpy", **options)
+def _compile(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+    compiler = functools.partial(numba.njit, nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", **options)
     try:  # the machine code is kept beside the source or, where that is read-only, in the user's cache folder
         return compiler(cache=True)(function)
     except RuntimeError:  # neither can be written: every process compiles anew

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mambair_ds.kernels.cpu import exp2, jit, jit_reassociating, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, run_tasks
 from mambair_ds.kernels.philox.cpu import gumbel
 from mambair_ds.kernels.routing.operator import Draw, make_operators
 from mambair_ds.kernels.routing.reference import probabilities
@@ -32,12 +32,6 @@ _NEVER = np.float32(-1e30)
 
 
 @jit
-def _add(scores, noise, has_noise, out):
-    for t in range(len(out)):
-        out[t] = scores[t] + noise[t] if has_noise else scores[t]
-
-
-@jit_reassociating
 def _choose(task, scores, noise, has_noise, index):
     _, length, classes = scores.shape
     blocks = (length + TOKENS - 1) // TOKENS
@@ -45,7 +39,8 @@ def _choose(task, scores, noise, has_noise, index):
     y = np.empty(classes, np.float32)
     for i in range(start, min(start + TOKENS, length)):
         x = scores[sample, i]
-        _add(x, noise[sample, i], has_noise, y)
+        for t in range(classes):
+            y[t] = x[t] + noise[sample, i, t] if has_noise else x[t]
         most, size = y[0], np.float32(0)
         for t in range(classes):
             most = max(most, y[t])

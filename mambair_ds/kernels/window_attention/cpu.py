@@ -91,11 +91,6 @@ def _load_four(tile, i, j):  # type: ignore[no-untyped-def]
 
 
 @jit_inline
-def _spread_four(numbers):  # type: ignore[no-untyped-def]
-    return spread(numbers[0]), spread(numbers[1]), spread(numbers[2]), spread(numbers[3])
-
-
-@jit_inline
 def _store_four(tile, i, j, vectors):  # type: ignore[no-untyped-def]
     store(tile, (i, j), vectors[0])
     store(tile, (i + 1, j), vectors[1])
@@ -153,7 +148,7 @@ def _forward(task, qkv, turned, height, width, size, shift, out, lse):  # type: 
     highest, sums = np.empty(4, np.float32), np.empty(4, np.float32)
     for first in range(0, tokens, 4):
         _load_biases(weights, turned, masks, masked, regions, head, size, first, 0, size)
-        a, b, c, e = _spread_four((_NEVER, _NEVER, _NEVER, _NEVER))
+        a = b = c = e = spread(_NEVER)
         for j in range(0, len(v), LANES):
             logits = _multiply(_load_four(weights, 0, j), q, first, k_t, j)
             _store_four(weights, 0, j, logits)
@@ -166,8 +161,9 @@ def _forward(task, qkv, turned, height, width, size, shift, out, lse):  # type: 
                 store(weights, (r, j), weight)
                 vector += weight
             sums[r] = total(vector)
+        zero = spread(_ZERO)
         for d in range(0, v.shape[1], LANES):
-            _store_four(y, 0, d, _multiply(_spread_four((_ZERO, _ZERO, _ZERO, _ZERO)), weights, 0, v, d))
+            _store_four(y, 0, d, _multiply((zero, zero, zero, zero), weights, 0, v, d))
         for r in range(min(4, tokens - first)):
             place, rate = places[first + r], np.float32(1) / sums[r]
             lse[place, head] = highest[r] + np.log2(sums[r])
@@ -209,8 +205,9 @@ def _backward(task, grad_out, out, lse, qkv, turned, height, width, size, shift,
                 c, e = exp2(c - sums[first + 2]), exp2(e - sums[first + 3])
                 _store_four(weights, 0, j, (a, b, c, e))
             for j in range(0, len(k), LANES):
-                four = deltas[first], deltas[first + 1], deltas[first + 2], deltas[first + 3]
-                a, b, c, e = _multiply(_spread_four(four), grad, first, v_t, j)
+                a, b = spread(deltas[first]), spread(deltas[first + 1])
+                c, e = spread(deltas[first + 2]), spread(deltas[first + 3])
+                a, b, c, e = _multiply((a, b, c, e), grad, first, v_t, j)
                 p = _load_four(weights, 0, j)
                 _store_four(grad_logits, 0, j, (a * p[0], b * p[1], c * p[2], e * p[3]))
             for r in range(min(4, tokens - first)):
