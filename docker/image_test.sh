@@ -157,6 +157,15 @@ run --rm --env CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 --shm-size 64m $image train 
 if [[ $code != 2 ]] || ! grep -q 'shm-size' "$work/err"; then fail "small shared memory left with $code"; fi
 say "mistakes are told: $(<"$work/err")"
 
+# Kernels that an image brings are found, in a cache that has none.
+mkdir "$work/kernels"
+chown $uid:$uid "$work/kernels"
+run --rm --volume "$work/kernels:/opt/kernels" --env TRITON_CACHE_DIR=/opt/kernels --entrypoint python $image \
+    -m mambair_ds.compile --config configs/demo.yml >/dev/null || fail "compile"
+run --rm --volume "$work/kernels:/opt/kernels:ro" $image compile --config configs/demo.yml >"$work/log" || fail "compile"
+grep -qE '^configs/demo.yml: ([0-9]+) kernels, \1 of them were there' "$work/log" || fail "kernels are compiled again: $(<"$work/log")"
+say "kernels of the image are found: $(<"$work/log")"
+
 # The demo's data and a run of its configuration, stopped on the way.
 short=(train --config configs/demo.yml --set train.total_iter=60 --set 'train.scheduler.periods=[60]' --set data.val.every=60
     --set checkpoint.every=1000 --set log.print_freq=5)
