@@ -36,6 +36,7 @@ from mambair_ds.config import RunConfig, load_config
 from mambair_ds.kernels.philox import NoiseKey
 from mambair_ds.models import build_model
 from mambair_ds.training.losses import pixel_loss
+from mambair_ds.training.optimizer import Adam
 
 _T = TypeVar("_T")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -115,7 +116,7 @@ def _ours(run: RunConfig, way: str, device: torch.device) -> Callable[[Tensor, T
     model = build_model(run.network).to(device).train()
     if way.endswith(("compiled", "graphs")):
         model.compile(mode="reduce-overhead" if way.endswith("graphs") else "default")
-    optimizer = torch.optim.Adam(model.parameters(), run.train.optim.lr, fused=True)
+    optimizer = Adam(model.parameters(), run.train.optim, run.train.ema_decay)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=way.startswith("bf16"))
 
     def take(lq: Tensor, gt: Tensor, step: int) -> None:

@@ -18,6 +18,7 @@ from mambair_ds import kernels
 from mambair_ds.config import RunConfig
 from mambair_ds.kernels.philox import DEGRADATION_STREAM, NoiseKey, normal
 from mambair_ds.models import build_model
+from mambair_ds.training.optimizer import Adam
 
 
 def compile_kernels(config: RunConfig, capability: tuple[int, int]) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def _kind(argument: Any) -> Hashable:
 
 
 def take_step(config: RunConfig, device: torch.device) -> None:
-    """Forward and backward pass of a run's batch on two layers of each stage, with pictures of zeros."""
+    """A step of a run on two layers of each stage, with pictures of zeros."""
     network = config.network.model_copy(update={"depths": [min(depth, 2) for depth in config.network.depths]})
     model = build_model(network).to(device).train()
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
@@ -108,3 +109,6 @@ def take_step(config: RunConfig, device: torch.device) -> None:
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         output = model(lq, noise if config.train.gumbel == "counter" else None)
     output.float().mean().backward()
+    optimizer = Adam(model.float().parameters(), config.train.optim, config.train.ema_decay)
+    optimizer.skipped = None if config.train.zero_stage else torch.zeros((), device=device)
+    optimizer.step()

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mambair_ds.config import OptimizerConfig, TrainConfig
+from mambair_ds.config import TrainConfig
 from mambair_ds.models.mambairv2 import AttentiveLayer
+from mambair_ds.training.optimizer import Adam
 
 # DeepSpeed chooses its accelerator at import.
 if not torch.cuda.is_available():
@@ -74,15 +74,6 @@ def start_process_group(device: torch.device, timeout: float) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
 
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer of a run (DeepSpeed's own Adam would be compiled, and is AdamW by default).
-
-    The fused one reads and writes everything once, and can leave a step out by a flag on the device.
-    """
-    cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.type]
-    return cls(network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
-
-
 class Engine:
     """A network under DeepSpeed."""
 
@@ -92,19 +83,19 @@ class Engine:
         parameters = sum(p.numel() for p in network.parameters())
         self.config = deepspeed_config(train, batch_size, precision, parameters)
         self.input_dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-        optimizer = build_optimizer(train.optim, network)
+        self.optimizer = Adam(network.parameters(), train.optim, train.ema_decay)
         if self.stage == 3:
             # A layer's operators take weights of several modules. Gathered one module at a time, those would be fetched
             # as they are touched, which compiled code does not do.
             set_z3_leaf_modules(network, [AttentiveLayer], raise_if_not_found=False)
-        self.deepspeed, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=self.config)
+        self.deepspeed, *_ = deepspeed.initialize(model=network, optimizer=self.optimizer, config=self.config)
         self._graphs = train.cuda_graphs
         if train.compile:
             self.deepspeed.compile(compile_kwargs={"mode": "reduce-overhead" if train.cuda_graphs else "default"})
         self.skipped = torch.zeros(())
         """Whether the last step was left out because its gradient was not finite: 1.0 or 0.0, the same on all ranks."""
         if self.stage == 0:
-            optimizer.register_step_pre_hook(self._guard)
+            self.optimizer.register_step_pre_hook(self._guard)
 
     def __call__(self, lq: Tensor, **kwargs: Any) -> Tensor:
         """The network's output for `lq`, (B, C, H, W) float32 in [0, 1]."""
@@ -113,11 +104,11 @@ class Engine:
         output: Tensor = self.deepspeed(lq.to(self.input_dtype), **kwargs)
         return output
 
-    def _guard(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _guard(self, *_: Any) -> None:
         """Before the step at stage 0: every rank has the whole gradient, and the kernel heeds the flag unread."""
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
         self.skipped = 1 - nn.utils.get_total_norm(gradients).isfinite().float()
-        optimizer.found_inf = self.skipped  # type: ignore[attr-defined]
+        self.optimizer.skipped = self.skipped
 
     def step(self, loss: Tensor, lr: float, want_norm: bool) -> float | None:
         """Backward pass of one micro-batch and, at an accumulation boundary, the optimizer step.
@@ -142,20 +133,3 @@ class Engine:
         if want_norm and self.stage > 0:
             norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
-
-    def local_tensors(self) -> dict[str, Tensor]:
-        """What this rank holds of every parameter: the whole, or at stage 3 its flat fragment."""
-        named = self.deepspeed.module.named_parameters()
-        return {name: p.ds_tensor.data if self.stage == 3 else p.data for name, p in named}
-
-    def gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole float32 tensors, on every rank, from tensors laid out as `local_tensors`; all ranks call together."""
-        if self.stage < 3:
-            return {name: tensor.detach().float() for name, tensor in local.items()}
-        whole = {}
-        for name, parameter in self.deepspeed.module.named_parameters():
-            fragment = local[name].detach().float().contiguous()
-            fragments = [torch.empty_like(fragment) for _ in range(dist.get_world_size())]
-            dist.all_gather(fragments, fragment)
-            whole[name] = torch.cat(fragments)[: parameter.ds_numel].view(parameter.ds_shape)
-        return whole

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mambair_ds.training.engine import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Runs = dict[str, tuple[int, Tensor]]
 """By parameter name: first element, and the flat elements from there, float32 on the CPU."""
 
@@ -33,10 +32,9 @@ class _Slot:
     offset: int
     mine: bool  # whether this rank saves it; at stage 0 all hold all
 
-
-def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    optimizer = engine.deepspeed.optimizer
-    return optimizer if engine.stage == 0 else optimizer.optimizer
+    def run(self, tensor: Tensor) -> Tensor:
+        """The part of `flat`, or of a tensor that lies like it; a view."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.count]
 
 
 def _slots(engine: Engine) -> Iterator[_Slot]:
@@ -57,46 +55,39 @@ def _slots(engine: Engine) -> Iterator[_Slot]:
                 yield _Slot(name, start, count, zero.fp32_partitioned_groups_flat[group], offset, True)
 
 
-def _copy(tensor: Tensor, offset: int, count: int) -> Tensor:
-    run = tensor.detach().reshape(-1)[offset : offset + count]
-    return run.to("cpu", torch.float32, copy=True)
-
-
-def take(engine: Engine, ema: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def take(engine: Engine) -> dict[str, Any]:
     """Copies, in host memory, of all that this rank has to save; no rank waits for another.
 
     Returns:
-        ``params``, ``exp_avg``, ``exp_avg_sq`` and, with `ema`, ``params_ema``: `Runs`; ``step``: optimizer steps by
-        parameter name; ``groups``: the optimizer's settings by group.
+        ``params``, ``exp_avg``, ``exp_avg_sq`` and, if there is a running mean, ``params_ema``: `Runs`; ``step``:
+        optimizer steps by parameter name; ``groups``: the optimizer's settings by group.
     """
-    optimizer = _torch_optimizer(engine)
-    taken: dict[str, Any] = {kind: {} for kind in ("params", *MOMENTS, "step")}
+    optimizer = engine.optimizer
+    taken: dict[str, Any] = {kind: {} for kind in ("params", *optimizer.kinds, "step")}
     for slot in _slots(engine):
         if not slot.mine:
             continue
-        taken["params"][slot.name] = (slot.start, _copy(slot.flat, slot.offset, slot.count))
-        state = optimizer.state[slot.flat]
+        state = optimizer.state_of(slot.flat)
         taken["step"][slot.name] = float(state["step"])
-        for kind in MOMENTS:
-            taken[kind][slot.name] = (slot.start, _copy(state[kind], slot.offset, slot.count))
+        for kind in ("params", *optimizer.kinds):
+            run = slot.run(slot.flat if kind == "params" else state[kind])
+            taken[kind][slot.name] = (slot.start, run.to("cpu", torch.float32, copy=True))
     taken["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    if ema is not None:
-        taken["params_ema"] = {
-            name: (start, _copy(tensor, 0, count))
-            for name, tensor, start, count, mine in _ema_parts(engine, ema)
-            if mine and count
-        }
     return taken
 
 
-def _ema_parts(engine: Engine, ema: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int, int, bool]]:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for i, (name, parameter) in enumerate(engine.deepspeed.module.named_parameters()):
-        if engine.stage < 3:
-            yield name, ema[name], 0, parameter.numel(), i % world_size == rank
-        else:
-            start = rank * ema[name].numel()
-            yield name, ema[name], start, max(0, min(ema[name].numel(), parameter.ds_numel - start)), True
+@torch.no_grad()
+def whole(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Whole float32 tensors by parameter name, ``params`` or a kind of the state; all ranks call together."""
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.deepspeed.module.named_parameters()}
+    tensors = {name: torch.zeros(shape.numel(), device=engine.deepspeed.device) for name, shape in shapes.items()}
+    for slot in _slots(engine):
+        tensor = slot.flat if kind == "params" else engine.optimizer.state_of(slot.flat)[kind]
+        tensors[slot.name][slot.start : slot.start + slot.count] = slot.run(tensor)
+    if engine.stage > 0:
+        for tensor in tensors.values():
+            dist.all_reduce(tensor)
+    return {name: tensor.view(shapes[name]) for name, tensor in tensors.items()}
 
 
 def join(parts: list[tuple[int, Tensor]], name: str) -> Tensor:
@@ -115,26 +106,18 @@ def join(parts: list[tuple[int, Tensor]], name: str) -> Tensor:
 
 
 @torch.no_grad()
-def put(engine: Engine, saved: Mapping[str, Any], ema: Mapping[str, Tensor] | None) -> None:
-    """Give `engine` and `ema` their parts of whole flat tensors; `saved` is what `checkpoint.read_tensors` returns."""
-    optimizer = _torch_optimizer(engine)
+def put(engine: Engine, saved: Mapping[str, Any]) -> None:
+    """Give `engine` its parts of whole flat tensors; `saved` is what `checkpoint.read_tensors` returns.
+
+    A running mean that was not saved begins with the weights.
+    """
+    optimizer = engine.optimizer
     for slot in _slots(engine):
-        state = optimizer.state[slot.flat]
-        if "exp_avg" not in state:
-            state.update({kind: torch.zeros_like(slot.flat) for kind in MOMENTS})
-        state["step"] = torch.tensor(saved["step"][slot.name], dtype=torch.float32, device=slot.flat.device)
-        for tensor, kind in ((slot.flat, "params"), *((state[kind], kind) for kind in MOMENTS)):
-            run = saved[kind][slot.name][slot.start : slot.start + slot.count]
-            if engine.stage == 0:
-                tensor.copy_(run.view(tensor.shape))
-            else:
-                tensor.data.view(-1)[slot.offset : slot.offset + slot.count].copy_(run)
+        state = optimizer.state_of(slot.flat)
+        state["step"].fill_(saved["step"][slot.name])
+        for kind in ("params", *optimizer.kinds):
+            source = saved[kind] if kind in saved else saved["params"]
+            target = slot.run(slot.flat if kind == "params" else state[kind])
+            target.copy_(source[slot.name][slot.start : slot.start + slot.count])
     for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(settings)
-    if ema is not None and "params_ema" in saved:
-        for name, tensor, start, count, _ in _ema_parts(engine, ema):
-            run = saved["params_ema"][name][start : start + count]
-            if engine.stage < 3:
-                tensor.copy_(run.view(tensor.shape))
-            else:
-                tensor.view(-1)[:count].copy_(run)

@@ -49,9 +49,9 @@ def predict(config: RunConfig, parameters: int, ranks: int, *, precision: str) -
     train, network = config.train, config.network
     weight = 2 if precision == "pure_bf16" else 4
     master = 4 if train.zero_stage else 0  # DeepSpeed's stages 1 to 3 step on copies of the weights in float32
-    mean = 4 if train.ema_decay else 0
+    states = 12 if train.ema_decay else 8  # moments and running mean
     split = [1 / ranks if train.zero_stage >= stage else 1 for stage in range(4)]  # by the stage that splits it
-    each = weight * split[3] + weight * split[2] + (8 + master) * split[1] + mean * split[3] + 4
+    each = weight * split[3] + weight * split[2] + (states + master) * split[1] + 4
     if train.zero_stage in (1, 2):
         each += weight / 4 if train.overlap_comm else weight  # what gradients are reduced in: two buckets or one
     narrow, wide = (4, 4) if precision == "fp32" else (2, 4 if precision == "bf16" else 2)

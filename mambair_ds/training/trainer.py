@@ -28,12 +28,12 @@ from mambair_ds.training import checkpoint as checkpoints
 from mambair_ds.training import fragments
 from mambair_ds.training.agreement import Agreement, is_about_ranks
 from mambair_ds.training.checkpoint import Checkpoint, RunError, RunState
-from mambair_ds.training.ema import Ema
 from mambair_ds.training.engine import Engine, start_process_group
 from mambair_ds.training.heartbeat import Heartbeat
 from mambair_ds.training.launch import Launch
 from mambair_ds.training.lock import RunLock
 from mambair_ds.training.losses import Losses
+from mambair_ds.training.optimizer import MEAN
 from mambair_ds.training.saving import Saver
 from mambair_ds.training.schedule import learning_rate
 from mambair_ds.training.skipping import SkipWatch
@@ -162,9 +162,8 @@ class Trainer:
         if train.compile:
             self.whole.compile(dynamic=True)  # validation pictures come in all sizes
         self.engine = Engine(network, train, data.batch_size, self.precision)
-        self.ema = Ema(self.engine.local_tensors(), train.ema_decay) if train.ema_decay else None
         if saved:
-            fragments.put(self.engine, saved, self.ema.tensors if self.ema else None)
+            fragments.put(self.engine, saved)
         # Ranks draw different published noise and the same counter-based noise, which is keyed by the sample.
         _seed_everything(self.state.seed + launch.rank)
         if checkpoint:
@@ -268,8 +267,6 @@ class Trainer:
             parts = self.losses(self.engine(lq, noise=noise), gt)
             norm = self.engine.step(parts.sum(), lr, want_norm)
             losses.append(parts.detach())
-        if self.ema:
-            self.ema.update(self.engine.local_tensors(), self.engine.skipped)
         self.state.position = self.stream.position
         self.skips.add(self.state.iteration, position, self.engine.skipped)
         return torch.stack(losses).mean(0), norm
@@ -325,9 +322,8 @@ class Trainer:
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """Whole weights in the published layout, on every rank; all ranks call together."""
         buffers = dict(self.whole.named_buffers())
-        weights = {"params": self.engine.gather(self.engine.local_tensors()) | buffers}
-        if self.ema:
-            weights["params_ema"] = self.engine.gather(self.ema.tensors) | buffers
+        kinds = ("params", MEAN) if MEAN in self.engine.optimizer.kinds else ("params",)
+        weights = {kind: fragments.whole(self.engine, kind) | buffers for kind in kinds}
         keys = self.whole.state_dict().keys()
         return {name: {key: tensors[key] for key in keys} for name, tensors in weights.items()}
 
@@ -338,7 +334,7 @@ class Trainer:
             return
         began = time.perf_counter()
         weights = self._weights()
-        self.whole.load_state_dict(weights.get("params_ema", weights["params"]))
+        self.whole.load_state_dict(weights.get(MEAN, weights["params"]))
         results = validate(self.whole, self.val_sets, self.config, self.state.iteration, self.launch, self.device)
         for name, metrics in results.items():
             best = self.state.best.setdefault(name, {})
@@ -374,7 +370,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         content = {
-            "tensors": fragments.take(self.engine, self.ema.tensors if self.ema else None),
+            "tensors": fragments.take(self.engine),
             "rng": checkpoints.rng_state(),
             "state": asdict(state),
         }

@@ -45,6 +45,7 @@ def test_kernels_are_compiled_once_and_of_every_operator(tmp_path: Path) -> None
     cubins = {path.stem for path in tmp_path.rglob("*.cubin")}
     assert cubins >= {
         "backward_inputs", "differentiate_bias", "differentiate_prompt", "differentiate_tiles", "differentiate_weight",
+        "step_blocks",
     }  # fmt: skip
     assert compile_ahead(tmp_path, "--capability", "8.9") == (total, total)
 

@@ -19,22 +19,21 @@ import os, sys, torch, torch.distributed as dist
 from mambair_ds.config import TrainConfig
 from mambair_ds.training import launch
 launch.detect()
-from mambair_ds.training.ema import Ema
+from mambair_ds.training import fragments
 from mambair_ds.training.engine import Engine, start_process_group
 
 train = TrainConfig.model_validate({
     "total_iter": 9, "optim": {"lr": 0.1}, "scheduler": {"type": "MultiStepLR", "milestones": [9]},
     "pixel_loss": {"type": "L1Loss"}, "zero_stage": int(sys.argv[1]), "accumulation": 2, "grad_clip": 1.0,
+    "ema_decay": 0.5,
 })
 start_process_group(torch.device("cpu"), 60)
 torch.manual_seed(0)
 engine = Engine(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)), train, 2, sys.argv[2])
-ema = Ema(engine.local_tensors(), 0.5)
 
 def state():
-    inner = engine.deepspeed.optimizer if engine.stage == 0 else engine.deepspeed.optimizer.optimizer
-    tensors = [*engine.local_tensors().values(), *ema.tensors.values()]
-    tensors += [value for one in inner.state.values() for value in one.values()]
+    tensors = [*fragments.whole(engine, "params").values()]
+    tensors += [value for one in engine.optimizer.state.values() for value in one.values()]
     return [tensor.clone() for tensor in tensors]
 
 def step(poison):
@@ -43,7 +42,6 @@ def step(poison):
         if poison and micro == 0 and dist.get_rank() == dist.get_world_size() - 1:
             loss = loss * float("nan")
         engine.step(loss, 0.1, False)
-    ema.update(engine.local_tensors(), engine.skipped)
     return float(engine.skipped)
 
 assert step(False) == 0.0
@@ -63,21 +61,19 @@ import torch
 from mambair_ds.config import TrainConfig
 from mambair_ds.training import launch
 launch.detect()
-from mambair_ds.training.ema import Ema
 from mambair_ds.training.engine import Engine, start_process_group
 
 train = TrainConfig.model_validate({
     "total_iter": 9, "optim": {"lr": 0.1}, "scheduler": {"type": "MultiStepLR", "milestones": [9]},
-    "pixel_loss": {"type": "L1Loss"},
+    "pixel_loss": {"type": "L1Loss"}, "ema_decay": 0.5,
 })
 device = torch.device("cuda", 0)
 start_process_group(device, 60)
 engine = Engine(torch.nn.Linear(4, 1).to(device), train, 2, "bf16")
-ema, x = Ema(engine.local_tensors(), 0.5), torch.ones(2, 4, device=device)
+x = torch.ones(2, 4, device=device)
 
 def step():
     engine.step(engine(x).float().square().mean(), 0.1, False)
-    ema.update(engine.local_tensors(), engine.skipped)
 
 step(), step()
 torch.cuda.set_sync_debug_mode("error")
