@@ -117,7 +117,8 @@ def _to_arrays(
 
 def _pad(tensor: Tensor) -> np.ndarray:
     """float32, with zeros up to a multiple of `LANES` channels."""
-    return _to_numpy(pad(tensor.float(), (0, -tensor.shape[-1] % LANES)))
+    missing = -tensor.shape[-1] % LANES
+    return _to_numpy(pad(tensor.float(), (0, missing)) if missing else tensor.float())
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
