@@ -31,6 +31,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     tile = routing.prompt_tile(t)
     warps, rows = tile.pop("num_warps"), tile["ROWS"]
     prompt = noisy | tile | {"N": n, "STATES": max(16, next_power_of_2(n)), "TOKENS": routing.TOKENS}
+    prompt["FULL"] = shape.length % rows == 0
     return [
         Case(
             routing.choose_rows, "choose_rows", types(routing.choose_rows), choice, routing.WARPS,

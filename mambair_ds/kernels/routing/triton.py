@@ -148,9 +148,12 @@ def place_tokens(
 def differentiate_prompt(
     grad, scores, noise, positions, seed, stream, table, index, grad_scores, part_table, length,
     classes: tl.constexpr, N: tl.constexpr, NOISE: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the scores, and TOKENS tokens' part of the table's: `part_table`, (B, parts, classes, N)."""
+    """The gradient of the scores, and TOKENS tokens' part of the table's: `part_table`, (B, parts, classes, N).
+
+    FULL: the length is a multiple of ROWS.
+    """
     sample = tl.program_id(1).to(tl.int64)
     position = tl.load(positions + sample).to(tl.uint64) if NOISE == DRAWN else sample.to(tl.uint64)
     TURNS: tl.constexpr = COLUMNS // LANES
@@ -165,7 +168,7 @@ def differentiate_prompt(
     for first in range(start, tl.minimum(start + TOKENS, length), ROWS):
         i = first + tl.arange(0, ROWS)
         rows = sample * length + i
-        inside = i < length
+        inside = tl.full((ROWS,), True, tl.int1) if FULL else i < length
         x = ()
         largest = tl.full((ROWS, LANES), float("-inf"), tl.float32)
         for turn in tl.static_range(TURNS):
@@ -245,11 +248,12 @@ def differentiate(grad: Tensor, scores: Tensor, table: Tensor, index: Tensor, dr
     grad_scores = torch.empty_like(scores)
     part_table = torch.empty(batch, parts, *table.shape, device=scores.device)
     arguments, kind = _noise(scores, draw)
+    tile = prompt_tile(classes)
     with torch.cuda.device_of(scores):
         differentiate_prompt[parts, batch](
             grad, scores, *arguments, table, index, grad_scores, part_table, length,
             classes=classes, N=states, NOISE=kind, STATES=max(16, triton.next_power_of_2(states)), TOKENS=TOKENS,
-            **prompt_tile(classes),
+            FULL=length % tile["ROWS"] == 0, **tile,
         )  # fmt: skip
     return grad_scores, part_table.sum((0, 1))
 
