@@ -56,6 +56,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
                 Case(
                     kernel, title, types(kernel), variant, scan.WARPS, programs, "state update", work,
                     scan.SEGMENT * n * width / (32 * scan.WARPS), arithmetic, trips, moved,
+                    registers=scan.REGISTERS if name == "backward_inputs" else None,
                 )
             )  # fmt: skip
     programs, moved, work = cdiv(d, 32) * n * b, 2 * entering + entering // n, b * segments * d * n

@@ -43,6 +43,8 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
         else:
             programs, trips = windows * shape.heads, (tokens // queries,)
         integers = {"height", "width", "windows", "groups"}
+        if name != "attend":
+            constants |= {"height": shape.side, "width": shape.side}
         types = {x: f"*{dtype}" if x in activations else "i32" if x in integers else "*fp32" for x in kernel.arg_names}
         options = attention.options(name, element)
         warps = options["num_warps"]

@@ -32,8 +32,6 @@ SPILLED_BY_SMALL = 32
 OVER = {
     "backward_inputs": 1.75,
     "backward_inputs without order": 1.7,
-    "differentiate_prompt": 1.55,
-    "differentiate_bias": 1.75,
 }
 """Those that miss their aim of 1.5 times their floor, and by how much."""
 

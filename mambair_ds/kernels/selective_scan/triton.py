@@ -27,6 +27,8 @@ CHUNK = 16  # positions whose values of one state fit the registers of `backward
 WIDTHS = {"forward": 64, "backward": 32}  # channels of a program, whose one warp loads B and C once for all of them
 UNROLL = 4
 WARPS = 1
+REGISTERS = 208
+"""A thread's at most in `backward_inputs`: a multiprocessor then has room for a warp more, and nothing is spilled."""
 
 
 def _sum_lanes_in_ptx() -> str:
@@ -592,7 +594,8 @@ def backward(
         backward_inputs[segments * blocks, batch](
             grad_y, u, delta, rates, columns, D, delta_bias, order, states, grad_states,
             grad_u, grad_delta, part_A, part_BC, part_D, part_bias,
-            CHUNK=CHUNK, WIDTH=width, MATRIX=not INTERPRETED and u.element_size() == 2, **sizes,
+            CHUNK=CHUNK, WIDTH=width, MATRIX=not INTERPRETED and u.element_size() == 2,
+            maxnreg=REGISTERS, **sizes,
         )  # fmt: skip
         grad_B, grad_C, *grad_prompt = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C, prompt) if x is not None

@@ -11,7 +11,8 @@ summed.
   sum over windows of the logits' gradient, which is that of the bias, in registers.
 - `sum_diagonals`: adds up what belongs to the same relative position.
 
-There are no atomics: every sum has a fixed order, so two runs agree to the bit.
+There are no atomics: every sum has a fixed order, so two runs agree to the bit. The backward kernels are compiled for
+the picture's size, of which a training has one, so that their addresses are mostly constants.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
@@ -169,7 +170,7 @@ def attend(
 
 @triton.jit
 def differentiate_inputs(
-    grad, out, lse, qkv, table, grad_qkv, delta, height, width,
+    grad, out, lse, qkv, table, grad_qkv, delta, height: tl.constexpr, width: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +216,7 @@ def differentiate_inputs(
 
 @triton.jit
 def differentiate_bias(
-    grad, lse, delta, qkv, table, part, windows, groups, height, width,
+    grad, lse, delta, qkv, table, part, windows, groups, height: tl.constexpr, width: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ODD: tl.constexpr,
     WINDOW: tl.constexpr, SHIFT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr,
@@ -231,10 +232,10 @@ def differentiate_bias(
     first_key = tile % (TOKENS // KEYS) * KEYS
     total = tl.zeros((QUERIES, KEYS), tl.float32)
     for window in range(group, windows, groups):
-        zero = tl.minimum(window, 0)  # the compiler, which does not know, keeps no biases and places in registers
+        zero = tl.minimum(window, 0)  # the compiler, which does not know, keeps no biases in registers
         pixel, where = _window(window, height, width, WINDOW, SHIFT)
         x = qkv + pixel * STRIDE + channel
-        place, region, entry = _tokens(first + zero, where, width, WINDOW, QUERIES)
+        place, region, entry = _tokens(first, where, width, WINDOW, QUERIES)
         place_k, region_k, entry_k = _tokens(first_key, where, width, WINDOW, KEYS)
         q = _load_only(x, place, STRIDE, skip, DIM, PADDED, ODD)
         k = _load(x + HEADS * DIM, place_k, STRIDE, DIM, PADDED, ODD)
