@@ -21,7 +21,7 @@ def _all(tensors: Tensors) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("flag", [None, 0.0])
-def test_a_step_is_that_of_pytorch_in_float64(device: str, decoupled: bool, flag: float | None) -> None:
+def test_a_step_in_triton_is_that_of_pytorch_in_float64(device: str, decoupled: bool, flag: float | None) -> None:
     rule = Rule(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, decoupled=decoupled, decay=0.9)
     skipped = None if flag is None else torch.tensor(flag, device=device)
     ours, exact = _tensors(device, torch.float32), _tensors(device, torch.float64)
@@ -34,7 +34,7 @@ def test_a_step_is_that_of_pytorch_in_float64(device: str, decoupled: bool, flag
     assert not any(torch.equal(a, b) for a, b in zip(before, ours.weights, strict=True) if a.numel())
 
 
-def test_a_skipped_step_changes_nothing_even_the_first(device: str) -> None:
+def test_a_skipped_step_in_triton_changes_nothing_even_the_first(device: str) -> None:
     rule = Rule(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, decoupled=False, decay=0.9)
     tensors = _tensors(device, torch.float32)
     for step, gradient in zip(tensors.steps, tensors.gradients, strict=True):
@@ -46,7 +46,7 @@ def test_a_skipped_step_changes_nothing_even_the_first(device: str) -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_other_dtypes_and_layouts_are_refused(device: str) -> None:
+def test_triton_refuses_other_dtypes_and_layouts(device: str) -> None:
     tensors = _tensors(device, torch.float64)
     rule = Rule(lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, decoupled=False, decay=0.9)
     with pytest.raises(ValueError, match="expected contiguous float32"):
