@@ -44,6 +44,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
             **sizes,
             "WIDTH": width,
             "SOFTPLUS": True,
+            "NARROW": dtype == "bf16",
             "FULL": length % scan.CHUNK == 0,
             "MATRIX": dtype == "bf16",
             "REVERSE": name == "backward_ends",

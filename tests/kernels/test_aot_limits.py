@@ -14,9 +14,9 @@ import pytest
 
 AOT = Path(__file__).parents[2] / "benchmarks" / "aot.py"
 OPERATORS = sorted(path.stem for path in AOT.parent.glob("cases/[a-z]*.py"))
-SCAN_LIMITS = {"forward_ends": 5.9, "forward_outputs": 7.5, "backward_ends": 5.9, "backward_inputs": 20.5}
+SCAN_LIMITS = {"forward_ends": 5.7, "forward_outputs": 7.2, "backward_ends": 5.6, "backward_inputs": 20.1}
 """Instructions a state update."""
-WAITING = {"forward_ends": 1.65, "forward_outputs": 1.75, "backward_ends": 1.55, "backward_inputs": 2.2}
+WAITING = {"forward_ends": 1.65, "forward_outputs": 1.75, "backward_ends": 1.5, "backward_inputs": 2.1}
 WAITING |= {"carry": 1.4, "differentiate_tiles 5×5 gelu_residual": 1.65}
 """How many times its floor a kernel of the scan or the convolution may take by simulation, if not 1.3 times."""
 
@@ -30,8 +30,8 @@ SPILLED = {
 SPILLED_BY_SMALL = 32
 """Of any kernel on GPUs that have the shared memory of 8.9 or 12.0: there it must run, and need not be the fastest."""
 OVER = {
-    "backward_inputs": 1.75,
-    "backward_inputs without order": 1.7,
+    "backward_inputs": 1.7,
+    "backward_inputs without order": 1.65,
 }
 """Those that miss their aim of 1.5 times their floor, and by how much."""
 
