@@ -25,6 +25,7 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 SPILLED = {
     (90, "fp32", "differentiate_tiles 5×5 gelu_residual"): 8,
     (100, "fp32", "convolve_tiles 5×5 add"): 8,
+    (100, "fp32", "differentiate_prompt"): 24,
 }
 """Bytes of stack by compute capability, dtype and kernel: float32 is the slow path that is there to be exact."""
 SPILLED_BY_SMALL = 32
