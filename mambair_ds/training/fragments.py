@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mambair_ds.training.engine import Engine
+from mambair_ds.training.optimizer import MEAN
 
 Runs = dict[str, tuple[int, Tensor]]
 """By parameter name: first element, and the flat elements from there, float32 on the CPU."""
@@ -79,14 +80,17 @@ def take(engine: Engine) -> dict[str, Any]:
 @torch.no_grad()
 def whole(engine: Engine, kind: str) -> dict[str, Tensor]:
     """Whole float32 tensors by parameter name, ``params`` or a kind of the state; all ranks call together."""
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.deepspeed.module.named_parameters()}
-    tensors = {name: torch.zeros(shape.numel(), device=engine.deepspeed.device) for name, shape in shapes.items()}
+    named = dict(engine.deepspeed.module.named_parameters())
+    if kind == "params" and engine.stage < 3:  # every rank has them
+        return {name: parameter.detach().float() for name, parameter in named.items()}
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in named.items()}
+    flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=engine.deepspeed.device)
+    tensors = dict(zip(shapes, flat.split([shape.numel() for shape in shapes.values()]), strict=True))
     for slot in _slots(engine):
         tensor = slot.flat if kind == "params" else engine.optimizer.state_of(slot.flat)[kind]
         tensors[slot.name][slot.start : slot.start + slot.count] = slot.run(tensor)
     if engine.stage > 0:
-        for tensor in tensors.values():
-            dist.all_reduce(tensor)
+        dist.all_reduce(flat)
     return {name: tensor.view(shapes[name]) for name, tensor in tensors.items()}
 
 
@@ -112,12 +116,12 @@ def put(engine: Engine, saved: Mapping[str, Any]) -> None:
     A running mean that was not saved begins with the weights.
     """
     optimizer = engine.optimizer
+    saved = {MEAN: saved["params"], **saved}
     for slot in _slots(engine):
         state = optimizer.state_of(slot.flat)
         state["step"].fill_(saved["step"][slot.name])
         for kind in ("params", *optimizer.kinds):
-            source = saved[kind] if kind in saved else saved["params"]
             target = slot.run(slot.flat if kind == "params" else state[kind])
-            target.copy_(source[slot.name][slot.start : slot.start + slot.count])
+            target.copy_(saved[kind][slot.name][slot.start : slot.start + slot.count])
     for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(settings)
