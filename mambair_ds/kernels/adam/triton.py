@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def"
 
 import functools
+import itertools
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -54,25 +56,25 @@ def step_blocks(
     tl.store(means, mean + share * (weight - mean), mask=inside)
 
 
-@functools.lru_cache(maxsize=64)
-def _table(numbers: tuple[int | float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device; a step's are mostly those of the step before."""
-    table = torch.tensor(numbers, dtype=dtype)
+def _copy(numbers: Iterable[int | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = torch.tensor(tuple(numbers), dtype=dtype)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+_table = functools.lru_cache(maxsize=64)(_copy)
+"""Numbers on the device; a step's are mostly those of the step before."""
 
 
 @functools.lru_cache(maxsize=64)
 def _blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    return _table(
-        tuple(x for i, size in enumerate(sizes) for first in range(0, size, BLOCK) for x in (i, first, size)),
-        torch.int64, device,
-    )  # fmt: skip
+    starts = ((i, first, size) for i, size in enumerate(sizes) for first in range(0, size, BLOCK))
+    return _copy(itertools.chain.from_iterable(starts), torch.int64, device)
 
 
 def adam_step(tensors: Tensors, rule: Rule, skipped: Tensor | None) -> None:
     """See `mambair_ds.kernels.adam.adam_step`."""
     groups = (tensors.weights, tensors.gradients, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.means)
-    for tensor in (x for group in groups for x in group):
+    for tensor in (*tensors.weights, *tensors.gradients):  # the others are made like the weights
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"adam: a tensor is {tensor.dtype} in {tensor.stride()}, expected contiguous float32")
     device = tensors.weights[0].device
