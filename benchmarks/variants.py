@@ -1,6 +1,6 @@
 """A kernel's settings, one after the other: simulated, and timed where there is a GPU.
 
-    python benchmarks/variants.py selective_scan UNROLL=2,4,8 WIDTHS.forward=32,64 [--shape base]
+    python benchmarks/variants.py selective_scan UNROLL.ends=2,4,8 REGISTERS=208,232 [--shape base]
 
 A setting is a constant of mambair_ds/kernels/OPERATOR/triton.py, or what a dictionary there has for a key; all
 combinations of the values are built. The first line is the code as it is. Without a GPU the times are those of

@@ -15,23 +15,27 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     pairs = tokens * n * 8  # of numbers of B and C, float32
     order = tokens * 8
     entering = b * segments * d * n * 4
-    states = b * cdiv(length, scan.CHUNK) * d * n * 4
+    states = b * cdiv(length, scan.CHUNK) * d * n * wide
     activation = tokens * d * wide
-    blocks = cdiv(d, scan.WIDTHS["backward"])
-    groups = scan.SEGMENT // scan.UNROLL
-    chunks = scan.SEGMENT // scan.CHUNK
+    blocks = cdiv(d, scan.WIDTH)
+    groups = scan.SEGMENT // scan.UNROLL["ends"]
+    chunks, turns = scan.SEGMENT // scan.CHUNK, scan.CHUNK // scan.unroll_outputs(n)
     # Bytes; arithmetic: the exponent's product, the exponential and the recurrence's multiply-adds; trips of the loops.
     passes: dict[str, tuple[int, int, tuple[int, ...]]] = {
         "forward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
-        "forward_outputs": (3 * activation + pairs + entering + states + order, 5, (chunks, scan.CHUNK // scan.UNROLL)),
+        "forward_outputs": (3 * activation + pairs + entering + states + order, 5, (chunks, turns)),
         "backward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
-        "backward_inputs": (5 * activation + pairs + 3 * entering + states + blocks * pairs + order, 12, (chunks, n)),
+        "backward_inputs": (
+            5 * activation + pairs + 3 * entering + states + blocks * pairs + order,
+            12,
+            (chunks, n // scan.TURNS),
+        ),
     }
     activations = {"u", "x", "delta", "y", "grad_y", "grad_u", "grad_delta"}
     activations |= {"B", "C", "prompt", "grad_B", "grad_C", "grad_prompt"}
-    scalars = dict.fromkeys(("length", "segments", "channels", "chunks", "blocks"), "i32") | {"order": "*i64"}
+    scalars = dict.fromkeys(("length", "segments", "channels", "chunks", "blocks", "row"), "i32") | {"order": "*i64"}
     scalars |= dict.fromkeys(("sample_B", "row_B", "sample_C", "row_C"), "i32")
-    sizes = {"channels": d, "N": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "UNROLL": scan.UNROLL, "PAD": n}
+    sizes = {"channels": d, "N": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "PAD": n}
 
     def types(kernel: Any) -> dict[str, str]:
         return {x: scalars.get(x, f"*{dtype}" if x in activations else "*fp32") for x in kernel.arg_names}
@@ -39,10 +43,11 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     result = []
     for name, (moved, arithmetic, trips) in passes.items():
         kernel = scan.segment_ends if name.endswith("ends") else getattr(scan, name)
-        width = scan.WIDTHS["backward" if name == "backward_inputs" else "forward"]
         constants = {
             **sizes,
-            "WIDTH": width,
+            "UNROLL": scan.UNROLL["ends"] if name.endswith("ends") else scan.unroll_outputs(n),
+            "WIDTH": scan.WIDTH,
+            "TURNS": scan.TURNS,
             "SOFTPLUS": True,
             "NARROW": dtype == "bf16",
             "FULL": length % scan.CHUNK == 0,
@@ -50,13 +55,13 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
             "REVERSE": name == "backward_ends",
         }
         constants = {x: value for x, value in constants.items() if x in kernel.arg_names}
-        programs, work = b * segments * cdiv(d, width), tokens * d * n
+        programs, work = b * segments * cdiv(d, scan.WIDTH), tokens * d * n
         # The network scans in an order; the second variant only shows that it builds.
         for title, variant in ((name, constants), (f"{name} without order", {**constants, "order": None})):
             result.append(
                 Case(
                     kernel, title, types(kernel), variant, scan.WARPS, programs, "state update", work,
-                    scan.SEGMENT * n * width / (32 * scan.WARPS), arithmetic, trips, moved,
+                    scan.SEGMENT * n * scan.WIDTH / (32 * scan.WARPS), arithmetic, trips, moved,
                     registers=scan.REGISTERS if name == "backward_inputs" else None,
                 )
             )  # fmt: skip
@@ -67,7 +72,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
             programs, "segment", work, segments, 3, (segments,), moved,
         )
     )  # fmt: skip
-    constants = {"N": n, "PAD": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK}
+    constants = {"N": n, "PAD": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "MATRIX": dtype == "bf16"}
     numbers = 2 * tokens * n  # of B and C
     moved = numbers * (wide + 4 + 4) + numbers // 2 * wide + order
     result.append(
@@ -82,7 +87,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
         Case(
             scan.sum_blocks, "sum_blocks", types(scan.sum_blocks), constants, scan.WARPS,
             b * length // scan.CHUNK, "partial sum", blocks * numbers, blocks * scan.CHUNK * n / 16,
-            1, (blocks,) if n == 16 else (blocks // 4, blocks % 4), moved,  # the compiler unrolls the smaller one
+            1, (blocks // 4, blocks % 4), moved,  # the compiler unrolls it
         )
     )  # fmt: skip
     return result

@@ -14,8 +14,10 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
-from mambair_ds.kernels.vectors import power_of_two
+from mambair_ds.kernels.vectors import LANES, power_of_two
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,6 +54,13 @@ def exp2(x):  # type: ignore[no-untyped-def]
     p = p * f + np.float32(0.6931472067)
     p = p * f + np.float32(1)
     return p * power_of_two(shifted)
+
+
+def to_lanes(tensor: Tensor, value: float = 0.0) -> np.ndarray:
+    """float32, the last dimension extended by `value` to a multiple of `LANES`; no copy where neither is needed."""
+    missing = -tensor.shape[-1] % LANES
+    tensor = pad(tensor.float(), (0, missing), value=value) if missing else tensor.float()
+    return tensor.detach().contiguous().numpy()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from pathlib import Path
 from mambair_ds.config import NetworkConfig, RunConfig, UserError
 
 GB = 2**30
-_CHUNK = 16  # tokens between the states that the scan keeps
+_CHUNK = 8  # tokens between the states that the scan keeps
 _HEAD_WIDTH = 64
 
 
@@ -87,9 +87,9 @@ def kept_per_token(network: NetworkConfig, narrow: int, wide: int) -> float:
     router = dim // 3 + classes
     scan = 4 * hidden + rank + 2 * states  # after in_proj, after the convolution, step sizes, result; their parameters
     prompt = states
-    numbers = attention + 2 * feed_forward + router + scan + prompt
-    # float32 whatever the precision: logarithms of the attention, norms' statistics, the scan's states.
-    exact = 4 * heads + 6 * 8 + 4 * hidden * states / _CHUNK
+    numbers: float = attention + 2 * feed_forward + router + scan + prompt
+    numbers += hidden * states / _CHUNK
+    exact = 4 * heads + 6 * 8  # float32 whatever the precision: logarithms of the attention, norms' statistics
     indices = 2 * 8
     return stream * wide + numbers * narrow + exact + indices
 
@@ -97,7 +97,7 @@ def kept_per_token(network: NetworkConfig, narrow: int, wide: int) -> float:
 def slow_per_token(network: NetworkConfig, narrow: int) -> float:
     """Bytes that the results of a layer's scan and attention take for one token."""
     dim, hidden = network.embed_dim, int(network.embed_dim * network.mlp_ratio)
-    return (dim + hidden) * narrow + 4 * network.num_heads[0] + 4 * hidden * network.d_state / _CHUNK
+    return (dim + hidden + hidden * network.d_state / _CHUNK) * narrow + 4 * network.num_heads[0]
 
 
 def head_per_token(network: NetworkConfig, narrow: int, wide: int) -> float:

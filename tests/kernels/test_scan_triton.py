@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from scan_inputs import assert_matches_reference, make_inputs, make_route, run
+from warp import matrix_units  # noqa: F401 (a fixture)
 
 from mambair_ds.kernels.selective_scan import selective_scan
+from mambair_ds.kernels.selective_scan import triton as scan
 from mambair_ds.kernels.selective_scan.triton import _sum_lanes
 
 
@@ -70,8 +72,42 @@ def test_bfloat16_in_and_out_with_a_float32_state(
     result = run(inputs, True, "triton", order.to(device))
     assert [result[name].dtype for name in ("y", "u", "delta", "B", "C")] == [torch.bfloat16] * 5
     assert [result[name].dtype for name in ("A", "D", "delta_bias")] == [torch.float32] * 3
-    # The interpreter cuts digits off instead of rounding, and on a GPU the gradients of B and C are sums of TF32.
+    # The interpreter cuts digits off instead of rounding, and on a GPU sums and products are in TF32.
     assert_matches_reference(inputs, True, "triton", 2**-7, order.to(device))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the test above runs the units themselves")
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "states", "routed"),
+    [
+        (2, 16, 4, 8, True),  # fewer channels than lanes
+        (1, 21, 68, 8, True),  # two blocks, and an end within a chunk
+        (1, 67, 4, 16, False),  # two segments
+        pytest.param(2, 130, 132, 16, True, marks=pytest.mark.slow),
+    ],
+)
+def test_matrix_units_take_the_products_of_16_bit_activations(
+    batch: int,
+    length: int,
+    channels: int,
+    states: int,
+    routed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix_units: None,  # noqa: F811
+) -> None:
+    monkeypatch.setattr(scan, "INTERPRETED", False)
+    prompt, order = make_route(batch, length, states)
+    inputs = [*make_inputs(batch, length, channels, states), *([prompt] if routed else [])]
+    inputs = [x if x.ndim < 3 else x.bfloat16() for x in inputs]
+    assert scan._suits_matrix_units(inputs[0], states)
+    assert_matches_reference(inputs, True, "triton", 3 * 2**-8, order if routed else None)  # cut, not rounded, as above
+
+
+def test_narrow_states_and_odd_channels_do_without_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "INTERPRETED", False)
+    u = torch.zeros(1, 1, 8, dtype=torch.bfloat16)
+    assert scan._suits_matrix_units(u, 8) and scan._suits_matrix_units(u.half(), 32)
+    assert not any(scan._suits_matrix_units(x, n) for x, n in ((u, 4), (u, 12), (u[..., :6], 8), (u.float(), 8)))
 
 
 @triton.jit
@@ -87,8 +123,13 @@ def _sum_eight(values, sums, GROUP: tl.constexpr, MATRIX: tl.constexpr):  # type
 
 
 @pytest.mark.parametrize("group", range(4))
-@pytest.mark.parametrize("matrix", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_sums_over_lanes_go_where_they_are_read(matrix: bool, group: int, device: str) -> None:
+@pytest.mark.parametrize("matrix", [False, True])
+def test_sums_over_lanes_go_where_they_are_read(
+    matrix: bool,
+    group: int,
+    device: str,
+    matrix_units: None,  # noqa: F811
+) -> None:
     values = torch.randint(-512, 512, (8, 32), generator=torch.Generator().manual_seed(0)).float().to(device)
     sums = torch.empty(32, device=device)
     _sum_eight[(1,)](values, sums, GROUP=group, MATRIX=matrix, num_warps=1)

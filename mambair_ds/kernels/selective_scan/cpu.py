@@ -16,9 +16,8 @@ import functools
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from mambair_ds.kernels.cpu import exp2, jit, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, run_tasks, to_lanes
 from mambair_ds.kernels.selective_scan.operator import make_operator
 from mambair_ds.kernels.selective_scan.reference import put_rows, take_rows
 from mambair_ds.kernels.vectors import LANES, load, prefetch, spread, store, totals
@@ -111,14 +110,8 @@ def _to_arrays(
     B, C = take_rows(B.float(), order), take_rows(C.float(), order)
     C = C if prompt is None else C + prompt
     order = torch.arange(u.shape[1]).expand(u.shape[:2]) if order is None else order
-    padded = (_pad(x) for x in (u, delta, A.T * float(_LOG2E)))
-    return [*padded, _to_numpy(B), _to_numpy(C), _pad(D), _pad(bias), _to_numpy(order)]
-
-
-def _pad(tensor: Tensor) -> np.ndarray:
-    """float32, with zeros up to a multiple of `LANES` channels."""
-    missing = -tensor.shape[-1] % LANES
-    return _to_numpy(pad(tensor.float(), (0, missing)) if missing else tensor.float())
+    padded = (to_lanes(x) for x in (u, delta, A.T * float(_LOG2E)))
+    return [*padded, _to_numpy(B), _to_numpy(C), to_lanes(D), to_lanes(bias), _to_numpy(order)]
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
@@ -215,7 +208,7 @@ def backward(
 ) -> list[Tensor]:
     """The backward pass; see `make_operator`."""
     (batch, length, channels), size = u.shape, A.shape[1]
-    inputs = [_pad(grad_y), _pad(states), *_to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order)]
+    inputs = [to_lanes(grad_y), to_lanes(states), *_to_arrays(u, delta, A, B, C, D, delta_bias, prompt, order)]
     padded = inputs[0].shape[2]
     blocks = padded // LANES
     grad_u, grad_delta = torch.empty(batch, length, padded), torch.empty(batch, length, padded)
@@ -240,7 +233,7 @@ def backward(
     ]
 
 
-_operator = make_operator("selective_scan_cpu", forward, backward, CHUNK)
+_operator = make_operator("selective_scan_cpu", forward, backward, CHUNK, lambda _: torch.float32)
 
 
 def selective_scan(

@@ -18,15 +18,18 @@ Backward = Callable[
 ]
 
 
-def make_operator(name: str, forward: Forward, backward: Backward, chunk: int) -> Forward:
+def make_operator(
+    name: str, forward: Forward, backward: Backward, chunk: int, kept_dtype: Callable[[torch.dtype], torch.dtype]
+) -> Forward:
     """Register `mambair_ds::<name>` and its backward pass.
 
     Args:
         forward: (u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus) to y, (B, L, D) in u's dtype, and
-            the states at the start of every chunk, (B, ceil(L / chunk), N, D) float32.
+            the states at the start of every chunk, (B, ceil(L / chunk), N, D).
         backward: (gradient of y, the states, the arguments of `forward`) to the gradients of u, delta, A, B, C, D,
             delta_bias and, where there is one, prompt, each of its input's shape and dtype.
         chunk: the positions a chunk has.
+        kept_dtype: from u's dtype to that of these states.
     """
 
     @torch.library.custom_op(f"mambair_ds::{name}", mutates_args=())
@@ -65,7 +68,7 @@ def make_operator(name: str, forward: Forward, backward: Backward, chunk: int) -
     def _(u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus):  # type: ignore[no-untyped-def]
         batch, length, channels = u.shape
         chunks = (length + chunk - 1) // chunk
-        states = u.new_empty((batch, chunks, A.shape[1], channels), dtype=torch.float32)
+        states = u.new_empty((batch, chunks, A.shape[1], channels), dtype=kept_dtype(u.dtype))
         return torch.empty_like(u, memory_format=torch.contiguous_format), states
 
     @scan_backward.register_fake

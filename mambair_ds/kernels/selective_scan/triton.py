@@ -7,12 +7,15 @@ gradient of the state, which obeys the mirrored recurrence r_t = e^(Δ_t A) (C_t
 segment's chunks from the last to the first and recomputes each one's states from the one that the forward pass kept.
 
 A channel's states lie in the registers of one lane, so that only the sums over channels, the gradients of B and C, need
-traffic between lanes. States and sums are float32. There are no atomics: what blocks and segments share
-goes into partial sums, added up in a fixed order, so two runs agree to the bit. docs/kernels.md counts it all.
+traffic between lanes. States and sums are float32. With 16-bit activations the matrix units take the products with B
+and C and the sums. There are no atomics: what blocks and segments share goes into partial sums, added up in a fixed
+order, so two runs agree to the bit. docs/kernels.md counts it all.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
 # ruff: noqa: RUF005 (Triton's tuples grow by +)
+
+import math
 
 import torch
 import triton
@@ -23,11 +26,13 @@ from mambair_ds.kernels.gpu import INTERPRETED
 from mambair_ds.kernels.selective_scan.operator import make_operator
 
 SEGMENT = 64
-CHUNK = 16  # positions whose values of one state fit the registers of `backward_inputs`; half the lanes, for `_fold`
-WIDTHS = {"forward": 64, "backward": 32}  # channels of a program, whose one warp loads B and C once for all of them
-UNROLL = 4
+CHUNK = 8  # positions whose values of one state fit the registers of `backward_inputs`, and `_sum_lanes`
+WIDTH = 64  # channels of a program, whose one warp loads B and C once for all of them
+UNROLL = {"ends": 4, "outputs": 4, "outputs of many states": 2}
+"""Positions whose rows a walking kernel loads together, before it uses the last ones'."""
+TURNS = 2  # of the loop over states in `backward_inputs`, written out
 WARPS = 1
-REGISTERS = 208
+REGISTERS = 232
 """A thread's at most in `backward_inputs`: a multiprocessor then has room for a warp more, and nothing is spilled."""
 
 
@@ -57,8 +62,28 @@ def _sum_lanes_in_ptx() -> str:
     return "{" + "\n".join(lines) + "}"
 
 
+def _product_in_ptx(depth: int) -> str:
+    """sums + left · right by the matrix units, 16 rows of `depth` times 8 columns, all where the units have it.
+
+    In lane 4 g + t, left has rows g and g + 8 of column t; right row t of column g; the sums columns 2 t and 2 t + 1 of
+    row g, then both of row g + 8. Depth 8 adds both of column t + 4 to left and row t + 4 to right. Left and right are
+    cut to TF32's ten bits.
+    """
+    left, right = depth // 2, depth // 4
+    names, values = [f"${i}" for i in range(8 + left + right)], [f"v{i}" for i in range(left + right)]
+    lines = [f".reg .b32 v<{left + right}>;", *(f"mov.b32 {v}, {n};" for v, n in zip(values, names[4:], strict=False))]
+    operands = names[:4], values[:left], values[left:], names[-4:]
+    lines.append(f"mma.sync.aligned.m16n8k{depth}.row.col.f32.tf32.tf32.f32")
+    lines.append(", ".join(f"{{{', '.join(registers)}}}" for registers in operands) + ";")
+    return "{" + "\n".join(lines) + "}"
+
+
 SUM_LANES = tl.constexpr(_sum_lanes_in_ptx())
 SUM_LANES_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 21))
+PRODUCT_4 = tl.constexpr(_product_in_ptx(4))
+PRODUCT_4_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 7))
+PRODUCT_8 = tl.constexpr(_product_in_ptx(8))
+PRODUCT_8_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 10))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -101,17 +126,6 @@ def _load_row(pointer, inside, FULL: tl.constexpr):
 
 
 @triton.jit
-def _row(order, first, k, channels: tl.constexpr, d, inside, FULL: tl.constexpr):
-    """Where in its sample channels d of position first + k of the sequence lie."""
-    if order is None:
-        at = first * channels + k * channels + d
-    else:
-        token = tl.load(order + first + k) if FULL else tl.load(order + first + k, mask=inside, other=0)
-        at = token.to(tl.int32) * channels + d
-    return at
-
-
-@triton.jit
 def _numbers(pointer, COUNT: tl.constexpr):
     """COUNT numbers as a tuple, the same for all lanes, four by one load; reads up to a multiple of four."""
     numbers = ()
@@ -125,13 +139,13 @@ def _numbers(pointer, COUNT: tl.constexpr):
 
 @triton.jit
 def _place(channels: tl.constexpr, WIDTH: tl.constexpr):
-    """What this program works on: a segment, a sample, a block of channels and which of them exist.
+    """What this program works on: a segment, a sample, and places of channels, (32, 2), with what channels they take.
 
-    Those that do not are others once more: loads need no mask, only stores do.
+    Places behind the last channel take others once more: they compute the same, and may write it to where those do.
     """
     blocks: tl.constexpr = (channels + WIDTH - 1) // WIDTH
-    d = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
-    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64), d % channels, d < channels
+    d = tl.program_id(0) % blocks * WIDTH + 2 * tl.arange(0, 32)[:, None] + tl.arange(0, 2)[None, :]
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64), d, d % channels
 
 
 @triton.jit
@@ -144,15 +158,23 @@ def _load_states(pointer, channels: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _round(x):
+    """x so that TF32, which cuts, has it rounded."""
+    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def pack(
     B, C, prompt, order, rows, columns, length, sample_B, row_B, sample_C, row_C,
-    N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
+    N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, MATRIX: tl.constexpr,
 ):  # fmt: skip
     """B and C + prompt of a segment as float32 in the sequence's order, 0 behind its end.
 
-    `rows` is (B, segments, SEGMENT, B and C, PAD), for kernels that take one position after the other, and `columns`
-    (B, segments * chunks of a segment, N, B and C, CHUNK), for one that takes one state after the other; not written
-    if None. `sample_B` and `row_B` are the distances of B's samples and rows.
+    `rows` is (B, segments, SEGMENT, 3, PAD), for kernels that take one position after the other: B, C and zeros, first
+    of the even states, then of the odd ones. `columns` is (B, segments * chunks of a segment, N, 4, CHUNK), for one
+    that takes one state after the other: B with zeros at odd places, B with zeros at even ones, zeros, and C; not
+    written if None. C is log 2 times itself, as steps and with them the states are in units of log 2; with MATRIX it is
+    rounded to TF32. `sample_B` and `row_B` are the distances of B's samples and rows.
     """
     segment, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k, s = tl.arange(0, SEGMENT)[:, None], tl.arange(0, PAD)[None, :]
@@ -166,14 +188,19 @@ def pack(
     if prompt is not None:
         c += tl.load(prompt + (batch * length + position) * N + s, mask=inside, other=0.0).to(tl.float32)
     place = (batch * tl.num_programs(0) + segment) * SEGMENT
-    rows += (place + k) * (2 * PAD) + s
-    b *= LN2
+    c *= LN2
+    if MATRIX:
+        c = (_round(c).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    rows += (place + k) * (3 * PAD) + s % 2 * (PAD // 2) + s // 2
     tl.store(rows, b)
     tl.store(rows + PAD, c)
+    tl.store(rows + 2 * PAD, tl.zeros_like(c))
     if columns is not None:
-        columns += ((place + k) // CHUNK * N + s) * (2 * CHUNK) + k % CHUNK
-        tl.store(columns, b, mask=s < N)
-        tl.store(columns + CHUNK, c, mask=s < N)
+        columns += ((place + k) // CHUNK * N + s) * (4 * CHUNK) + k % CHUNK
+        tl.store(columns, tl.where(k % 2 == 0, b, 0.0), mask=s < N)
+        tl.store(columns + CHUNK, tl.where(k % 2 == 0, 0.0, b), mask=s < N)
+        tl.store(columns + 2 * CHUNK, tl.zeros_like(b), mask=s < N)
+        tl.store(columns + 3 * CHUNK, c, mask=s < N)
 
 
 @triton.jit
@@ -196,16 +223,90 @@ def _rows(pointer, tokens, d, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _multiply_4(left, right, sums):
+    """See `_product_in_ptx`."""
+    a, b, c, d = tl.inline_asm_elementwise(
+        PRODUCT_4, PRODUCT_4_OPERANDS, left + right + sums,
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+    return (a, b, c, d)
+
+
+@triton.jit
+def _multiply_8(left, right, sums):
+    """See `_product_in_ptx`."""
+    a, b, c, d = tl.inline_asm_elementwise(
+        PRODUCT_8, PRODUCT_8_OPERANDS, left + right + sums,
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+    return (a, b, c, d)
+
+
+@triton.jit
+def _channels(x):
+    """A lane's two channels of x, (32, 2)."""
+    first, second = tl.split(x)
+    return (first, second)
+
+
+@triton.jit
+def _numbers_of_lanes(pointer, COUNT: tl.constexpr):
+    """COUNT numbers from each lane's own place, (32,), as a tuple, four by one load."""
+    numbers = ()
+    for i in tl.static_range(0, COUNT, 4):
+        even, odd = tl.split(tl.reshape(tl.load(pointer[:, None] + (i + tl.arange(0, 4))[None, :]), (32, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        numbers = numbers + (first, second, third, fourth)
+    return numbers
+
+
+@triton.jit
+def _place_numbers(FIRST: tl.constexpr, SECOND: tl.constexpr, ZEROS: tl.constexpr, MATRIX: tl.constexpr):
+    """Where in what `pack` wrote a lane has its numbers: at FIRST, the same for all lanes.
+
+    With MATRIX they are its part of the right side of products that give every lane its own values times a first number
+    in one column of the sums, times a second in the other: in one lane of a column the number, in all others zeros.
+    """
+    at = FIRST
+    if MATRIX:
+        lane = tl.arange(0, 32)
+        at = tl.where(lane // 8 == lane % 4, tl.where(lane // 4 % 2 == 0, FIRST, SECOND), ZEROS)
+    return at
+
+
+@triton.jit
+def _times(x, numbers, N: tl.constexpr, PAD: tl.constexpr, MATRIX: tl.constexpr):
+    """x, (32, 2), times every number of a row, as a tuple by state."""
+    products = ()
+    if MATRIX:
+        none = tl.zeros((32,), tl.float32)
+        left, numbers = _channels(_round(x)), _numbers_of_lanes(numbers, N // 2)
+        for i in tl.static_range(N // 2):
+            a, b, c, d = _multiply_4(left, (numbers[i],), (none, none, none, none))
+            products = products + (tl.join(a, c), tl.join(b, d))
+    else:
+        numbers = _numbers(numbers, PAD)
+        for s in tl.static_range(N):
+            products = products + (x * numbers[s % 2 * (PAD // 2) + s // 2],)
+    return products
+
+
+@triton.jit
 def segment_ends(
     x, delta, A, rows, bias, order, ends, sums, length, segments,
     channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, UNROLL: tl.constexpr,
     WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, FULL: tl.constexpr, REVERSE: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):  # fmt: skip
-    """What every segment adds to the state, `ends` (B, segments, N, D), and its ΣΔ, `sums` (B, segments, D).
+    """What every segment adds to the state, `ends` (B, segments, N, 1, D), and its ΣΔ, `sums` (B, segments, D).
 
-    x is u; or, if REVERSE, the gradient of y, and the state is r at the segment's first position.
+    x is u; or, if REVERSE, the gradient of y, and the state is r at the segment's first position. There a position's
+    decay follows what it adds, so the loop has it one position later; and `ends` is (B, segments, N, 2, D up to a
+    multiple of WIDTH), as `backward_inputs` wants it: with zeros beside.
     """
-    segment, batch, d, in_d = _place(channels, WIDTH)
+    SPAN: tl.constexpr = (channels + WIDTH - 1) // WIDTH * WIDTH
+    segment, batch, own, d = _place(channels, WIDTH)
     rates = _load_states(A + d, channels, N)
     shift = _load(bias + d) * LOG2E
     start = segment.to(tl.int32) * SEGMENT
@@ -215,15 +316,17 @@ def segment_ends(
     delta += batch * length * channels
     if order is not None:
         order += batch * length
-    rows += batch * segments * SEGMENT * (2 * PAD)
     way: tl.constexpr = -1 if REVERSE else 1
     step: tl.constexpr = way * UNROLL
     k0: tl.constexpr = UNROLL - 1 if REVERSE else 0
+    rows += batch * segments * SEGMENT * (3 * PAD)
     side: tl.constexpr = PAD if REVERSE else 0
+    numbers = rows + _place_numbers(side, side + PAD // 2, 2 * PAD, MATRIX)
     state = ()
     for _s in tl.static_range(N):
-        state = state + (tl.zeros((WIDTH,), tl.float32),)
-    total = tl.zeros((WIDTH,), tl.float32)
+        state = state + (tl.zeros_like(shift),)
+    total = tl.zeros_like(shift)
+    decaying = tl.zeros_like(shift)
     first = last if REVERSE else start
     tokens = _tokens(order, first, channels, length, UNROLL, FULL)
     steps, inputs = _rows(delta, tokens, d, UNROLL), _rows(x, tokens, d, UNROLL)
@@ -233,27 +336,32 @@ def segment_ends(
         third = tl.minimum(tl.maximum(second + step, start), last)
         next_steps, next_inputs = _rows(delta, tokens, d, UNROLL), _rows(x, tokens, d, UNROLL)
         tokens = _tokens(order, third, channels, length, UNROLL, FULL)
+        group = numbers + first * (3 * PAD)
         for k in tl.static_range(k0, UNROLL - 1 - k0 + way, way):
-            numbers = _numbers(rows + ((first + k) * (2 * PAD) + side), N)
             dt = _step(steps[k].to(tl.float32) * LOG2E + shift, SOFTPLUS, NARROW)
             value = inputs[k].to(tl.float32)
             if not FULL:
                 dt = tl.where(first + k < length, dt, 0.0)
             total += dt
+            if not REVERSE:
+                value *= dt
+                decaying = dt
+            products = _times(value, group + k * (3 * PAD), N, PAD, MATRIX)
             new = ()
-            if REVERSE:
-                for s in tl.static_range(N):
-                    new = new + (tl.exp2(dt * rates[s]) * (state[s] + value * numbers[s]),)
-            else:
-                drive = dt * value
-                for s in tl.static_range(N):
-                    new = new + (tl.exp2(dt * rates[s]) * state[s] + drive * numbers[s],)
+            for s in tl.static_range(N):
+                new = new + (tl.exp2(decaying * rates[s]) * state[s] + products[s],)
             state = new
+            decaying = dt
         steps, inputs, first, second = next_steps, next_inputs, second, third
     place = batch * segments + segment
     for s in tl.static_range(N):
-        tl.store(ends + (place * N + s) * channels + d, state[s], mask=in_d)
-    tl.store(sums + place * channels + d, total, mask=in_d)
+        if REVERSE:
+            to = ends + (place * N + s) * (2 * SPAN) + own
+            tl.store(to, tl.exp2(decaying * rates[s]) * state[s])
+            tl.store(to + SPAN, tl.zeros_like(total))
+        else:
+            tl.store(ends + (place * N + s) * channels + d, state[s])
+    tl.store(sums + place * channels + d, total)
 
 
 @triton.jit
@@ -261,9 +369,15 @@ def forward_outputs(
     u, delta, A, rows, D, bias, order, carried, states, y, length, segments,
     channels: tl.constexpr, N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr,
     UNROLL: tl.constexpr, WIDTH: tl.constexpr, SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, FULL: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):  # fmt: skip
-    """y, (B, L, D), from the state that enters each segment; and `states`, that which enters each chunk."""
-    segment, batch, d, in_d = _place(channels, WIDTH)
+    """y, (B, L, D), from the state that enters each segment; and `states`, that which enters each chunk.
+
+    With MATRIX sums over states, too, are the matrix units', two states of two channels at a time, and two positions
+    share a result: the first has the right side's columns 0 to 3, the second 4 to 7. Lane 4 g + t gets four neighboring
+    channels of the first, if t < 2, or the second.
+    """
+    segment, batch, _, d = _place(channels, WIDTH)
     rates = _load_states(A + d, channels, N)
     shift = _load(bias + d) * LOG2E
     direct = _load(D + d)
@@ -275,42 +389,69 @@ def forward_outputs(
     y += batch * length * channels
     if order is not None:
         order += batch * length
-    rows += batch * segments * SEGMENT * (2 * PAD)
+    rows += batch * segments * SEGMENT * (3 * PAD)
+    numbers = rows + _place_numbers(0, PAD // 2, 2 * PAD, MATRIX)
+    lane = tl.arange(0, 32)
+    early, late = lane // 4 == lane % 4, lane // 4 == lane % 4 + 4
+    of_early, of_late = rows + tl.where(early, PAD, 2 * PAD), rows + tl.where(late, PAD, 2 * PAD)
+    four = (tl.program_id(0) % tl.cdiv(channels, WIDTH) * WIDTH + lane // 4 * 8 + lane % 2 * 4) % channels
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK) * N * channels
     tokens = _tokens(order, start, channels, length, UNROLL, FULL)
     steps, inputs = _rows(delta, tokens, d, UNROLL), _rows(u, tokens, d, UNROLL)
     later = _tokens(order, tl.minimum(start + UNROLL, end - UNROLL), channels, length, UNROLL, FULL)
     for chunk in range(start, end, CHUNK):
         for s in tl.static_range(N):
-            tl.store(states + d + s * channels, state[s], mask=in_d)
+            tl.store(states + d + s * channels, state[s].to(states.dtype.element_ty))
         states += N * channels
         for first in range(chunk, chunk + CHUNK, UNROLL):
             second = tl.minimum(first + UNROLL, end - UNROLL)
             next_steps, next_inputs = _rows(delta, later, d, UNROLL), _rows(u, later, d, UNROLL)
             third = _tokens(order, tl.minimum(second + UNROLL, end - UNROLL), channels, length, UNROLL, FULL)
             for k in tl.static_range(UNROLL):
-                numbers = _numbers(rows + (first + k) * (2 * PAD), 2 * PAD)
                 dt = _step(steps[k].to(tl.float32) * LOG2E + shift, SOFTPLUS, NARROW)
                 value = inputs[k].to(tl.float32)
-                drive = dt * value
-                out = direct * value
+                products = _times(dt * value, numbers + first * (3 * PAD) + k * (3 * PAD), N, PAD, MATRIX)
                 new = ()
                 for s in tl.static_range(N):
-                    h = tl.exp2(dt * rates[s]) * state[s] + drive * numbers[s]
-                    out += h * numbers[PAD + s]
-                    new = new + (h,)
+                    new = new + (tl.exp2(dt * rates[s]) * state[s] + products[s],)
                 state = new
-                inside = in_d if FULL else in_d & (first + k < length)
-                tl.store(y + (tokens[k] + d), out.to(y.dtype.element_ty), mask=inside)
+                if MATRIX:
+                    if k % 2 == 0:
+                        none = tl.zeros((32,), tl.float32)
+                        out = (none, none, none, none)
+                    mine, of_mine = (early, of_early) if k % 2 == 0 else (late, of_late)
+                    out = _multiply_4(_channels(direct * value), (mine.to(tl.float32),), out)
+                    row = _numbers_of_lanes(of_mine + first * (3 * PAD) + k * (3 * PAD), N)
+                    for i in tl.static_range(0, N, 2):  # first the even states' numbers, then the odd ones'
+                        left = _channels(state[2 * i % N + 2 * i // N])
+                        left = left + _channels(state[2 * i % N + 2 * i // N + 2])
+                        out = _multiply_8(left, (row[i], row[i + 1]), out)
+                    if k % 2 == 1:
+                        second_half = lane % 4 // 2
+                        to = tl.where(second_half == 1, tokens[k], tokens[k - 1]) + four
+                        result = tl.reshape(tl.join(tl.join(out[0], out[1]), tl.join(out[2], out[3])), (32, 4))
+                        to = y + (to[:, None] + tl.arange(0, 4)[None, :])
+                        inside = None if FULL else (first + k - 1 + second_half < length)[:, None]
+                        tl.store(to, result.to(y.dtype.element_ty), mask=inside)
+                else:
+                    row = _numbers(rows + (first + k) * (3 * PAD) + PAD, PAD)
+                    out = direct * value
+                    for s in tl.static_range(N):
+                        out += state[s] * row[s % 2 * (PAD // 2) + s // 2]
+                    inside = None if FULL else first + k < length
+                    tl.store(y + (tokens[k] + d), out.to(y.dtype.element_ty), mask=inside)
             steps, inputs, tokens, later = next_steps, next_inputs, later, third
 
 
 @triton.jit
 def carry(
-    A, ends, sums, channels, segments,
+    A, ends, sums, channels, segments, row,
     N: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Turn every segment's own addition, `ends` (B, segments, N, D), in place into the state that enters it."""
+    """Turn every segment's own addition, in place, into the state that enters it.
+
+    `ends` is (B, segments, N, 1 or 2, D or more); only the first of two is read, and `row` is from a state to the next.
+    """
     s, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     in_d = d < channels
@@ -318,9 +459,9 @@ def carry(
     state = tl.zeros((WIDTH,), tl.float32)
     for i in tl.range(0, segments, num_stages=4):
         place = batch * segments + ((segments - 1 - i) if REVERSE else i)
-        end = tl.load(ends + (place * N + s) * channels + d, mask=in_d)
+        end = tl.load(ends + (place * N + s) * row + d, mask=in_d)
         total = tl.load(sums + place * channels + d, mask=in_d)
-        tl.store(ends + (place * N + s) * channels + d, state, mask=in_d)
+        tl.store(ends + (place * N + s) * row + d, state, mask=in_d)
         state = tl.exp2(total * rates) * state + end
 
 
@@ -339,10 +480,11 @@ def _sum_lanes(values, sums, ones, lane, GROUP: tl.constexpr, MATRIX: tl.constex
     With MATRIX by the matrix units, in TF32: enough where sums end as 16-bit numbers. Without, in float32 by folding.
     """
     if MATRIX:
-        return tl.inline_asm_elementwise(
+        a, b, c, d = tl.inline_asm_elementwise(
             SUM_LANES, SUM_LANES_OPERANDS, values + ones + ((lane // 8 == GROUP).to(tl.float32),) + sums,
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
+        return (a, b, c, d)
     for level in tl.static_range(3):
         folded = ()
         for j in tl.static_range(4 >> level):
@@ -355,27 +497,58 @@ def _sum_lanes(values, sums, ones, lane, GROUP: tl.constexpr, MATRIX: tl.constex
 
 
 @triton.jit
-def _load_turn(states, A, grad_states, part_A, at, in_d):
+def _load_turn(states, A, passed, s, channels: tl.constexpr, SPAN: tl.constexpr, own, d, in_d):
     """What `backward_inputs` needs of one state; h is 0 in channels that do not exist."""
-    return tl.load(states + at, mask=in_d, other=0.0), _load(A + at), _load(grad_states + at), _load(part_A + at)
+    h = tl.load(states + (s * channels + d), mask=in_d, other=0.0).to(tl.float32)
+    passed += s * (2 * SPAN) + own
+    return h, _load(A + (s * channels + d)), _load(passed), _load(passed + SPAN)
+
+
+@triton.jit
+def _add_products(sums, values, column, CHUNK: tl.constexpr, MATRIX: tl.constexpr):
+    """sums + values, (32, 2), times a state's B, as a tuple by position: two at a time with MATRIX."""
+    added = ()
+    if MATRIX:
+        numbers = _numbers_of_lanes(column, CHUNK)
+        for k in tl.static_range(0, CHUNK, 2):
+            a, c = tl.split(sums[k])
+            b, d = tl.split(sums[k + 1])
+            left = _channels(values[k]) + _channels(values[k + 1])
+            a, b, c, d = _multiply_8(left, (numbers[k], numbers[k + 1]), (a, b, c, d))
+            added = added + (tl.join(a, c), tl.join(b, d))
+    else:
+        numbers = _numbers(column, 2 * CHUNK)
+        for k in tl.static_range(CHUNK):
+            added = added + (sums[k] + values[k] * numbers[k + k % 2 * CHUNK],)
+    return added
+
+
+@triton.jit
+def _sum_channels(x):
+    """Over a lane's two."""
+    first, second = tl.split(x)
+    return first + second
 
 
 @triton.jit
 def backward_inputs(
-    grad_y, u, delta, A, columns, D, bias, order, states, grad_states,
-    grad_u, grad_delta, part_A, part_BC, part_D, part_bias, length, segments,
+    grad_y, u, delta, A, columns, D, bias, order, states, passed,
+    grad_u, grad_delta, part_BC, part_D, part_bias, length, segments,
     channels: tl.constexpr, N: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
     SOFTPLUS: tl.constexpr, NARROW: tl.constexpr, FULL: tl.constexpr, MATRIX: tl.constexpr,
+    TURNS: tl.constexpr,
 ):  # fmt: skip
     """All gradients from the state that enters each chunk and the r that enters each segment.
 
     One state after the other: a chunk's values of it lie in registers, so the pass back through them needs no memory.
-    What passes from chunk to chunk, r and the gradient of A, goes through memory, from a lane to itself. Writes the
-    gradients of u and delta, and partial sums: `part_A` (B, segments, N, D), `part_D` and `part_bias` (B, segments, D),
-    `part_BC` (blocks of channels, B, segments * chunks of a segment, N, B and C, CHUNK).
+    What passes from chunk to chunk, r and the gradient of A, goes through `passed`, (B, segments, N, 2, D up to a
+    multiple of WIDTH), from a lane to itself. Writes the gradients of u and delta, and partial sums: that of A in
+    `passed`, `part_D` and `part_bias` (B, segments, D), and `part_BC` (blocks of channels, B, segments * chunks of a
+    segment, N, CHUNK, C and B).
     """
-    segment, batch, d, in_d = _place(channels, WIDTH)
-    lane = tl.arange(0, WIDTH)
+    segment, batch, own, d = _place(channels, WIDTH)
+    in_d = own < channels
+    lane = tl.arange(0, 32)
     ones = ()
     for j in tl.static_range(8):
         ones = ones + ((lane // 4 == j).to(tl.float32),)
@@ -396,75 +569,82 @@ def backward_inputs(
     grad_delta += batch * length * channels
     if order is not None:
         order += batch * length
-    columns += (place * SEGMENT + chunks * CHUNK) * (2 * N)
+    columns += (place * SEGMENT + chunks * CHUNK) * (4 * N)
+    mine = columns + _place_numbers(0, CHUNK, 2 * CHUNK, MATRIX)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK + chunks) * N * channels
-    grad_states += place * N * channels
-    part_A += place * N * channels
+    SPAN: tl.constexpr = (channels + WIDTH - 1) // WIDTH * WIDTH
+    passed += place * N * (2 * SPAN)
     row = (block.to(tl.int64) * tl.num_programs(1) * segments + place) * SEGMENT + chunks * CHUNK
     part_BC += row * (2 * N)
-    g_direct = tl.zeros((WIDTH,), tl.float32)
-    g_shift = tl.zeros((WIDTH,), tl.float32)
+    zero = tl.zeros_like(shift)
+    zeros = ()
+    for _k in tl.static_range(CHUNK):
+        zeros = zeros + (zero,)
+    g_direct, g_shift = zero, zero
+    later = _tokens(order, first - CHUNK, channels, length, CHUNK, FULL)
     for i in range(chunks):
         first -= CHUNK
         states -= N * channels
-        columns -= CHUNK * 2 * N
+        columns -= CHUNK * 4 * N
+        mine -= CHUNK * 4 * N
         part_BC -= CHUNK * 2 * N
         left = steps - (chunks - 1 - i) * CHUNK
-        dt, drive, gy, g_dt, g_drive = (), (), (), (), ()
+        tokens = later
+        dt, drive, gy = (), (), ()
         for k in tl.static_range(CHUNK):
             inside = k < left
-            at = _row(order, first, k, channels, d, inside, FULL)
+            at = tokens[k] + d
             step = _step(_load_row(delta + at, inside, FULL) * LOG2E + shift, SOFTPLUS, NARROW)
             if not SOFTPLUS:
                 step = tl.where(in_d, step, 0.0)
             dt = dt + (step,)
-            drive = drive + (step * _load_row(u + at, inside, FULL),)
+            step *= _load_row(u + at, inside, FULL)
+            drive = drive + (_round(step) if MATRIX else step,)
             gy = gy + (_load_row(grad_y + at, inside, FULL),)
-            g_dt = g_dt + (tl.zeros((WIDTH,), tl.float32),)
-            g_drive = g_drive + (tl.zeros((WIDTH,), tl.float32),)
-        ahead = _load_turn(states, A, grad_states, part_A, d, in_d)
-        for s in range(0, N):
-            h, rate, r, g_rate = ahead  # loaded one turn early, as they come from afar
-            following = tl.minimum(s + 1, N - 1) * channels + d
-            ahead = _load_turn(states, A, grad_states, part_A, following, in_d)
-            zero = tl.zeros((WIDTH,), tl.float32)
-            sums = (zero, zero, zero, zero)
-            b, c = _numbers(columns + s * (2 * CHUNK), CHUNK), _numbers(columns + s * (2 * CHUNK) + CHUNK, CHUNK)
-            decays, kept, inner = (), (), ()
-            for k in tl.static_range(CHUNK):
-                decay = tl.exp2(dt[k] * rate)
-                h *= decay
-                decays = decays + (decay,)
-                kept = kept + (h,)  # what the position keeps of the state before it
-                h += drive[k] * b[k]
-                inner = inner + (gy[k] * h,)
-                if k % 8 == 7:
-                    sums = _sum_lanes(inner, sums, ones, lane, k // 8, MATRIX)
-                    inner = ()
-            new_g_dt, new_g_drive, inner = (), (), ()
-            for k in tl.static_range(CHUNK - 1, -1, -1):
-                q = r + c[k] * gy[k]
-                inner = (q * drive[k],) + inner
-                r = q * decays[k]
-                g = q * kept[k]  # the gradient of the exponent Δ·A
-                g_rate += g * dt[k]
-                new_g_dt = (g_dt[k] + g * rate,) + new_g_dt
-                new_g_drive = (g_drive[k] + q * b[k],) + new_g_drive
-                if k % 8 == 0:
-                    sums = _sum_lanes(inner, sums, ones, lane, 2 + k // 8, MATRIX)
-                    inner = ()
-            g_dt, g_drive = new_g_dt, new_g_drive
-            tl.store(part_BC + s * (2 * CHUNK) + lane, sums[0] + sums[2])
-            tl.store(grad_states + d + s * channels, r, mask=in_d)
-            tl.store(part_A + d + s * channels, g_rate, mask=in_d)
+        g_dt, g_drive = zeros, zeros
+        ahead = _load_turn(states, A, passed, 0, channels, SPAN, own, d, in_d)
+        for pair in range(0, N, TURNS):
+            for turn in tl.static_range(TURNS):
+                s = pair + turn
+                h, rate, r, g_rate = ahead  # loaded one turn early, as they come from afar
+                ahead = _load_turn(states, A, passed, tl.minimum(s + 1, N - 1), channels, SPAN, own, d, in_d)
+                c = _numbers(columns + s * (4 * CHUNK) + 3 * CHUNK, CHUNK)
+                none = tl.zeros((32,), tl.float32)
+                sums = (none, none, none, none)
+                added = _add_products(zeros, drive, mine + s * (4 * CHUNK), CHUNK, MATRIX)
+                decays, before, inner = (), (), ()
+                for k in tl.static_range(CHUNK):
+                    decay = tl.exp2(dt[k] * rate)
+                    decays, before = decays + (decay,), before + (h,)
+                    h = decay * h + added[k]
+                    inner = inner + (_sum_channels(gy[k] * h),)
+                sums = _sum_lanes(inner, sums, ones, lane, 0, MATRIX)
+                new_g_dt, qs, inner = (), (), ()
+                for k in tl.static_range(CHUNK - 1, -1, -1):
+                    q = r + c[k] * gy[k]
+                    r = q * decays[k]
+                    g = r * before[k]  # the gradient of the exponent Δ·A
+                    g_rate += g * dt[k]
+                    new_g_dt, qs = (g_dt[k] + g * rate,) + new_g_dt, (q,) + qs
+                    inner = (_sum_channels(q * drive[k]),) + inner
+                sums = _sum_lanes(inner, sums, ones, lane, 1, MATRIX)
+                g_dt, g_drive = new_g_dt, _add_products(g_drive, qs, mine + s * (4 * CHUNK), CHUNK, MATRIX)
+                to = part_BC + s * (2 * CHUNK) + lane // 4 * 2 + lane % 4
+                tl.store(to, sums[0] + sums[2], mask=lane % 4 < 2)
+                tl.store(passed + s * (2 * SPAN) + own, r)
+                tl.store(passed + s * (2 * SPAN) + SPAN + own, g_rate)
+        later = _tokens(order, tl.maximum(first - CHUNK, 0), channels, length, CHUNK, FULL)
         places, of_u, of_delta = (), (), ()  # again all loads before the first store
         for k in tl.static_range(CHUNK):
             inside = k < left
-            at = _row(order, first, k, channels, d, inside, FULL)
+            at = tokens[k] + d
             x = _load_row(u + at, inside, FULL)
             g = g_dt[k] + g_drive[k] * x * LOG2E
-            if SOFTPLUS:  # the derivative of Δ = log(1 + e^x) is e^(x - Δ)
-                g *= tl.exp2(_load_row(delta + at, inside, FULL) * LOG2E + shift - dt[k])
+            if SOFTPLUS:  # the derivative of Δ = log(1 + e^x) is e^(x - Δ), and 1 - e^-Δ, less exact where Δ is small
+                if NARROW:
+                    g -= g * tl.exp2(-dt[k])
+                else:
+                    g *= tl.exp2(_load_row(delta + at, inside, FULL) * LOG2E + shift - dt[k])
             places = places + (at,)
             of_u = of_u + (g_drive[k] * dt[k] + direct * gy[k],)
             of_delta = of_delta + (g,)
@@ -487,14 +667,14 @@ def sum_blocks(
     chunk, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s, k = tl.arange(0, STATES)[:, None], tl.arange(0, CHUNK)[None, :]
     part_BC += (batch * chunks + chunk) * (2 * N * CHUNK)
-    in_N = (s < N) & (k < CHUNK)
-    lane = 4 * (k % 8) + k // 8  # where `_sum_lanes` puts the numbers of C; those of B lie two further
-    g_B = tl.zeros((STATES, CHUNK), tl.float32)
-    g_C = tl.zeros((STATES, CHUNK), tl.float32)
+    at = tl.arange(0, STATES * CHUNK * 2)
+    sums = tl.zeros((STATES * CHUNK * 2,), tl.float32)
     for _ in range(blocks):
-        g_B += tl.load(part_BC + s * (2 * CHUNK) + lane + 2, mask=in_N, other=0.0)
-        g_C += tl.load(part_BC + s * (2 * CHUNK) + lane, mask=in_N, other=0.0)
+        sums += tl.load(part_BC + at, mask=at < N * CHUNK * 2, other=0.0)
         part_BC += tl.num_programs(1).to(tl.int64) * chunks * (2 * N * CHUNK)
+    g_C, g_B = tl.split(tl.reshape(sums, (STATES, CHUNK, 2)))
+    in_N = s < N
+    g_C *= LN2
     position = chunk * CHUNK + k
     inside = in_N & (position < length)
     token = batch * length + position
@@ -502,36 +682,53 @@ def sum_blocks(
         tl.store(grad_prompt + token * N + s, g_C.to(grad_prompt.dtype.element_ty), mask=inside)
     if order is not None:
         token = batch * length + tl.load(order + token, mask=position < length, other=0)
-    tl.store(grad_B + token * N + s, (g_B * LN2).to(grad_B.dtype.element_ty), mask=inside)
+    tl.store(grad_B + token * N + s, g_B.to(grad_B.dtype.element_ty), mask=inside)
     tl.store(grad_C + token * N + s, g_C.to(grad_C.dtype.element_ty), mask=inside)
 
 
 def _pack(
-    B: Tensor, C: Tensor, prompt: Tensor | None, order: Tensor | None, segments: int, *, columns: bool
+    B: Tensor, C: Tensor, prompt: Tensor | None, order: Tensor | None, segments: int, *, columns: bool, matrix: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `pack`."""
     batch, length, states = B.shape
     B, C = (x if x.stride(2) == 1 else x.contiguous() for x in (B, C))
     pad = _pad(states)
-    by_row = B.new_empty(batch, segments, SEGMENT, 2, pad, dtype=torch.float32)
+    by_row = B.new_empty(batch, segments, SEGMENT, 3, pad, dtype=torch.float32)
     by_column = (
-        B.new_empty(batch, segments * SEGMENT // CHUNK, states, 2, CHUNK, dtype=torch.float32) if columns else None
+        B.new_empty(batch, segments * SEGMENT // CHUNK, states, 4, CHUNK, dtype=torch.float32) if columns else None
     )
     pack[segments, batch](
         B, C, prompt, order, by_row, by_column, length, B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-        N=states, PAD=pad, SEGMENT=SEGMENT, CHUNK=CHUNK, num_warps=4,
+        N=states, PAD=pad, SEGMENT=SEGMENT, CHUNK=CHUNK, MATRIX=matrix, num_warps=4,
     )  # fmt: skip
     return by_row, by_column
+
+
+def unroll_outputs(states: int) -> int:
+    """What `forward_outputs` has registers for."""
+    return UNROLL["outputs" if states <= 8 else "outputs of many states"]
 
 
 def _pad(states: int) -> int:
     return max(4, triton.next_power_of_2(states))
 
 
+def _suits_matrix_units(u: Tensor, states: int) -> bool:
+    """Whether TF32 is enough, as results end as 16-bit numbers, and the kernels' tiles are full."""
+    return not INTERPRETED and u.element_size() == 2 and u.shape[2] % 4 == 0 and states == _pad(states) >= 8
+
+
 def _carry(rates: Tensor, ends: Tensor, sums: Tensor, reverse: bool) -> None:
-    batch, segments, states, channels = ends.shape
+    (batch, segments, states), channels = ends.shape[:3], rates.shape[1]
     grid = (triton.cdiv(channels, 32), states, batch)
-    carry[grid](rates, ends, sums, channels, segments, N=states, WIDTH=32, REVERSE=reverse, num_warps=WARPS)
+    carry[grid](
+        rates, ends, sums, channels, segments, ends.stride(2), N=states, WIDTH=32, REVERSE=reverse, num_warps=WARPS
+    )
+
+
+def kept_dtype(activations: torch.dtype) -> torch.dtype:
+    """Of the states kept for the backward pass: rounded as the activations are, but with float32's range."""
+    return torch.bfloat16 if activations.itemsize == 2 else torch.float32
 
 
 def forward(
@@ -552,19 +749,25 @@ def forward(
     batch, length, channels = u.shape
     segments = triton.cdiv(length, SEGMENT)
     entering = A.new_empty(batch, segments, A.shape[1], channels)
-    states = A.new_empty(batch, triton.cdiv(length, CHUNK), A.shape[1], channels)
+    states = A.new_empty(batch, triton.cdiv(length, CHUNK), A.shape[1], channels, dtype=kept_dtype(u.dtype))
     sums = A.new_empty(batch, segments, channels)
     y = torch.empty_like(u)
-    width = WIDTHS["forward"]
+    width = WIDTH
     grid = (segments * triton.cdiv(channels, width), batch)
-    sizes = {"length": length, "segments": segments, "channels": channels, "SEGMENT": SEGMENT, "UNROLL": UNROLL}
+    sizes = {"length": length, "segments": segments, "channels": channels, "SEGMENT": SEGMENT}
     sizes |= {"N": A.shape[1], "PAD": _pad(A.shape[1]), "WIDTH": width, "num_warps": WARPS}
     sizes |= {"SOFTPLUS": delta_softplus, "NARROW": u.element_size() == 2, "FULL": length % CHUNK == 0}
+    sizes["MATRIX"] = matrix = _suits_matrix_units(u, A.shape[1])
     with torch.cuda.device_of(u):
-        rows, _ = _pack(B, C, prompt, order, segments, columns=False)
-        segment_ends[grid](u, delta, rates, rows, delta_bias, order, entering, sums, REVERSE=False, **sizes)
+        rows, _ = _pack(B, C, prompt, order, segments, columns=False, matrix=matrix)
+        segment_ends[grid](
+            u, delta, rates, rows, delta_bias, order, entering, sums, UNROLL=UNROLL["ends"], REVERSE=False, **sizes
+        )
         _carry(rates, entering, sums, reverse=False)
-        forward_outputs[grid](u, delta, rates, rows, D, delta_bias, order, entering, states, y, CHUNK=CHUNK, **sizes)
+        forward_outputs[grid](
+            u, delta, rates, rows, D, delta_bias, order, entering, states, y,
+            CHUNK=CHUNK, UNROLL=unroll_outputs(A.shape[1]), **sizes,
+        )  # fmt: skip
     return y, states
 
 
@@ -587,28 +790,28 @@ def backward(
     prompt, order = (None if x is None else x.contiguous() for x in (prompt, order))
     batch, length, channels = u.shape
     segments = triton.cdiv(length, SEGMENT)
-    grad_states = A.new_empty(batch, segments, A.shape[1], channels)
-    part_A = torch.zeros_like(grad_states)
+    passed = A.new_empty(batch, segments, A.shape[1], 2, triton.cdiv(channels, WIDTH) * WIDTH)
     sums, part_D, part_bias = (A.new_empty(batch, segments, channels) for _ in range(3))
-    width, blocks = WIDTHS["backward"], triton.cdiv(channels, WIDTHS["backward"])
-    part_BC = A.new_empty(blocks, batch, segments * SEGMENT // CHUNK, A.shape[1], 2, CHUNK)
+    width, blocks = WIDTH, triton.cdiv(channels, WIDTH)
+    part_BC = A.new_empty(blocks, batch, segments * SEGMENT // CHUNK, A.shape[1], CHUNK, 2)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
     sizes |= {"SOFTPLUS": delta_softplus, "NARROW": u.element_size() == 2, "FULL": length % CHUNK == 0}
-    sizes |= {"num_warps": WARPS}
+    matrix = _suits_matrix_units(u, A.shape[1])
+    sizes |= {"MATRIX": matrix, "num_warps": WARPS}
     with torch.cuda.device_of(u):
-        rows, columns = _pack(B, C, prompt, order, segments, columns=True)
-        grid = (segments * triton.cdiv(channels, WIDTHS["forward"]), batch)
+        rows, columns = _pack(B, C, prompt, order, segments, columns=True, matrix=matrix)
+        grid = (segments * triton.cdiv(channels, WIDTH), batch)
         segment_ends[grid](
-            grad_y, delta, rates, rows, delta_bias, order, grad_states, sums,
-            PAD=_pad(A.shape[1]), UNROLL=UNROLL, WIDTH=WIDTHS["forward"], REVERSE=True, **sizes,
+            grad_y, delta, rates, rows, delta_bias, order, passed, sums,
+            PAD=_pad(A.shape[1]), UNROLL=UNROLL["ends"], WIDTH=WIDTH, REVERSE=True, **sizes,
         )  # fmt: skip
-        _carry(rates, grad_states, sums, reverse=True)
+        _carry(rates, passed, sums, reverse=True)
         backward_inputs[segments * blocks, batch](
-            grad_y, u, delta, rates, columns, D, delta_bias, order, states, grad_states,
-            grad_u, grad_delta, part_A, part_BC, part_D, part_bias,
-            CHUNK=CHUNK, WIDTH=width, MATRIX=not INTERPRETED and u.element_size() == 2,
-            maxnreg=REGISTERS, **sizes,
+            grad_y, u, delta, rates, columns, D, delta_bias, order, states, passed,
+            grad_u, grad_delta, part_BC, part_D, part_bias,
+            CHUNK=CHUNK, WIDTH=width, TURNS=math.gcd(TURNS, A.shape[1]),
+            maxnreg=REGISTERS if matrix else None, **sizes,
         )  # fmt: skip
         grad_B, grad_C, *grad_prompt = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C, prompt) if x is not None
@@ -618,11 +821,11 @@ def backward(
             segments * SEGMENT // CHUNK, blocks, N=A.shape[1], CHUNK=CHUNK,
             STATES=triton.next_power_of_2(A.shape[1]), num_warps=WARPS,
         )  # fmt: skip
-    grad_A, grad_D, grad_bias = (x.sum((0, 1)) for x in (part_A, part_D, part_bias))
+    grad_A, grad_D, grad_bias = (x.sum((0, 1)) for x in (passed[..., 1, :channels], part_D, part_bias))
     return [grad_u, grad_delta, (grad_A.T * LN2.value).contiguous(), grad_B, grad_C, grad_D, grad_bias, *grad_prompt]
 
 
-_operator = make_operator("selective_scan_triton", forward, backward, CHUNK)
+_operator = make_operator("selective_scan_triton", forward, backward, CHUNK, kept_dtype)
 
 
 def selective_scan(
@@ -638,6 +841,6 @@ def selective_scan(
     delta_softplus: bool,
 ) -> Tensor:
     """See `mambair_ds.kernels.selective_scan.selective_scan`; a sample of 2^31 numbers or more is a ValueError."""
-    if u.shape[1] * max(u.shape[2], 2 * _pad(A.shape[1])) >= 2**31:
+    if u.shape[1] * max(u.shape[2], 3 * _pad(A.shape[1])) >= 2**31:
         raise ValueError(f"selective_scan: a sample of shape {tuple(u.shape[1:])} has 2^31 numbers or more")
     return _operator(u, delta, A, B, C, D, delta_bias, prompt, order, delta_softplus)[0]
