@@ -11,9 +11,8 @@ import functools
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from mambair_ds.kernels.cpu import exp2, jit, run_tasks
+from mambair_ds.kernels.cpu import exp2, jit, run_tasks, to_lanes
 from mambair_ds.kernels.philox.cpu import gumbel
 from mambair_ds.kernels.routing.operator import Draw, make_operators
 from mambair_ds.kernels.routing.reference import probabilities
@@ -133,14 +132,13 @@ def _differentiate(task, grad, scores, noise, has_noise, table_t, index, grad_sc
 def differentiate(grad: Tensor, scores: Tensor, table: Tensor, index: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """See `make_operators`."""
     noise, (batch, length, classes) = _noise(scores, draw), scores.shape
-    more = (0, -classes % LANES)  # classes, with a score that none of them has
-    wide = pad(scores.float(), more, value=float(_NEVER))
+    wide = to_lanes(scores, float(_NEVER))
     blocks = -(-length // TOKENS)
-    grad_scores, part_table = torch.empty_like(wide), torch.zeros(batch * blocks, *table.shape)
+    grad_scores, part_table = torch.empty(wide.shape), torch.zeros(batch * blocks, *table.shape)
     run_tasks(
-        _differentiate, len(part_table), grad.float().contiguous().numpy(), wide.numpy(),
-        wide.numpy() if noise is None else pad(noise, more).numpy(), noise is not None,
-        pad(table.float().T, more).contiguous().numpy(), index.numpy(), grad_scores.numpy(), part_table.numpy(),
+        _differentiate, len(part_table), grad.float().contiguous().numpy(), wide,
+        wide if noise is None else to_lanes(noise), noise is not None,
+        to_lanes(table.T), index.numpy(), grad_scores.numpy(), part_table.numpy(),
     )  # fmt: skip
     # One after the other: torch's own sum may choose its order by shape and number of threads.
     samples = [functools.reduce(torch.add, sample) for sample in part_table.split(blocks)]
