@@ -4,7 +4,8 @@ Every row of the Markdown table is measured in a process of its own, so that its
 
     python benchmarks/step.py [--repeats 7] [--configs x2_light,demo] [--profile DIR]
 
-On a CPU all rows have one batch. On a GPU every row has its own best one: batches double until the rate no longer
+On a CPU all rows have one batch; "fp32 ranks" divides it among as many ranks as there are cores, which add up their
+gradients, and counts the slowest. On a GPU every row has its own best one: batches double until the rate no longer
 grows by 3 % or the memory is full. Seconds are the median, and in brackets the fastest, of the repeats after the
 warm-up; the baseline gets one repeat on a CPU. CPU seconds are those of all threads, which other programs disturb less.
 Memory is the largest resident size of the process, or what the GPU had allocated at most. The floor is the time that
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +32,7 @@ share_cores(Launch("python", 0, 0, 1, 1))  # as a run does, before torch
 
 import baseline
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mambair_ds.config import RunConfig, load_config
@@ -42,7 +45,7 @@ _T = TypeVar("_T")
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU_CASES = {"x2_light": (2, 64), "demo": (8, 32)}  # config: batch, side of the square LQ patches
 GPU_CASES = {"x2": 64, "x2_light": 64, "denoise_50": 128}  # config: side
-WAYS = {"cpu": ("baseline", "fp32"), "cuda": ("baseline", "fp32", "bf16", "bf16 compiled", "bf16 graphs")}
+WAYS = {"cpu": ("baseline", "fp32", "fp32 ranks"), "cuda": ("baseline", "fp32", "bf16", "bf16 compiled", "bf16 graphs")}
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,34 @@ def measure(config: str, way: str, batch: int, side: int, repeats: int) -> Resul
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return Result(batch, wall[warm_up:], cpu[warm_up:], peak)
+
+
+def measure_ranks(config: str, way: str, batch: int, side: int, repeats: int) -> Result:
+    """`measure` with a rank a core."""
+    ranks = min(batch, len(os.sched_getaffinity(0)))
+    pool = ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as folder, pool:
+        run = functools.partial(_measure_rank, f"file://{folder}/ranks", ranks, config, way, batch // ranks, side)
+        results = list(pool.map(run, range(ranks), [repeats] * ranks))
+    wall = [max(walls) for walls in zip(*(one.wall for one in results), strict=True)]
+    cpu = [sum(cpus) for cpus in zip(*(one.cpu for one in results), strict=True)]
+    return Result(batch, wall, cpu, sum(one.peak_mib for one in results))
+
+
+def _measure_rank(
+    meeting: str, ranks: int, config: str, way: str, batch: int, side: int, rank: int, repeats: int
+) -> Result:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    return measure(config, way, batch, side, repeats)
+
+
+def _average_gradients(model: torch.nn.Module) -> None:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    sums = torch.split(together / dist.get_world_size(), [gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(sums, gradients, strict=True)])
 
 
 def profile(config: str, way: str, batch: int, side: int, folder: Path) -> None:
@@ -127,6 +158,8 @@ def _ours(run: RunConfig, way: str, device: torch.device) -> Callable[[Tensor, T
         with mixed:
             output = model(lq, NoiseKey(0, positions))
         pixel_loss(run.train.pixel_loss, output, gt).backward()
+        if dist.is_initialized():
+            _average_gradients(model)
         optimizer.step()
 
     return take
@@ -199,7 +232,8 @@ def main() -> None:
                 result = best_batch(config, way, side, arguments.repeats)
             else:
                 repeats = 1 if way == "baseline" else arguments.repeats
-                result = _in_process(measure, config, way, CPU_CASES[config][0], side, repeats)
+                settings = config, way, CPU_CASES[config][0], side, repeats
+                result = measure_ranks(*settings) if way.endswith("ranks") else _in_process(measure, *settings)
             if result is None:
                 print(f"| {config} | {side}×{side} | {way} | two samples do not fit |{' - |' * 7}", flush=True)
                 continue
@@ -220,7 +254,7 @@ def main() -> None:
                 f"{min(result.wall) / floor:.2f}",
             )
             print(f"| {' | '.join(cells)} |", flush=True)
-            if arguments.profile:
+            if arguments.profile and not way.endswith("ranks"):
                 _in_process(profile, config, way, result.batch, side, arguments.profile)
             if run.task.kind == "denoise" and way != "baseline":
                 total = run.train.total_iter * run.data.train.batch_size * 8
