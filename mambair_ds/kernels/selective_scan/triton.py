@@ -265,8 +265,8 @@ def _numbers_of_lanes(pointer, COUNT: tl.constexpr):
 def _place_numbers(FIRST: tl.constexpr, SECOND: tl.constexpr, ZEROS: tl.constexpr, MATRIX: tl.constexpr):
     """Where in what `pack` wrote a lane has its numbers: at FIRST, the same for all lanes.
 
-    With MATRIX they are its part of the right side of products that give every lane its own values times a first number
-    in one column of the sums, times a second in the other: in one lane of a column the number, in all others zeros.
+    With MATRIX they are its part of the right sides of products that give every lane its own values times the numbers
+    at FIRST in one column of the sums, times those at SECOND in the other. Lanes that hold neither's place have zeros.
     """
     at = FIRST
     if MATRIX:
