@@ -22,9 +22,6 @@ from mambair_ds.kernels.cpu import exp2, jit, jit_inline, run_tasks
 from mambair_ds.kernels.vectors import LANES, largest, load, spread, store, total
 from mambair_ds.kernels.window_attention.operator import make_operator
 
-KEYS = 64
-"""At a time in the backward pass, about: what it needs of them then fits the first cache."""
-
 _ZERO = np.float32(0)
 _LOG2E = np.float32(1.4426950408889634)
 _MASK = np.float32(-100 * 1.4426950408889634)
@@ -86,6 +83,16 @@ def _multiply(sums, left, i, right, j):  # type: ignore[no-untyped-def]
 
 
 @jit_inline
+def _add_outer(sums, rows, i, vectors, j):  # type: ignore[no-untyped-def]
+    """sums[:, j : j + LANES] += rows[i : i + 4]ᵀ @ vectors."""
+    for d in range(len(sums)):
+        vector = vectors[0] * rows[i, d] + load(sums, (d, j))
+        vector += vectors[1] * rows[i + 1, d]
+        vector += vectors[2] * rows[i + 2, d]
+        store(sums, (d, j), vector + vectors[3] * rows[i + 3, d])
+
+
+@jit_inline
 def _load_four(tile, i, j):  # type: ignore[no-untyped-def]
     return load(tile, (i, j)), load(tile, (i + 1, j)), load(tile, (i + 2, j)), load(tile, (i + 3, j))
 
@@ -109,13 +116,13 @@ def _masks(keys, width):  # type: ignore[no-untyped-def]
 
 
 @jit_inline
-def _load_biases(tile, turned, masks, masked, regions, head, size, first, top, rows):  # type: ignore[no-untyped-def]
-    """tile[:4] = what is added to the logits of queries first to first + 3 with the keys of `rows` rows from `top`."""
+def _load_biases(tile, turned, masks, masked, regions, head, size, first):  # type: ignore[no-untyped-def]
+    """tile[:4] = what is added to the logits of queries first to first + 3."""
     for r in range(min(4, len(regions) - first)):
         down, across = (first + r) // size, (first + r) % size
-        for row in range(rows):
+        for row in range(size):
             for column in range(0, size, LANES):  # what is too much is overwritten by the next row
-                bias = load(turned, (head, top + row - down + size - 1, column - across + size - 1))
+                bias = load(turned, (head, row - down + size - 1, column - across + size - 1))
                 store(tile, (r, row * size + column), bias)
         if masked:
             for j in range(0, masks.shape[1], LANES):
@@ -123,12 +130,12 @@ def _load_biases(tile, turned, masks, masked, regions, head, size, first, top, r
 
 
 @jit_inline
-def _add_to_table(turned, window, head, tile, r, size, i, top, rows):  # type: ignore[no-untyped-def]
+def _add_to_table(turned, window, head, tile, r, size, i):  # type: ignore[no-untyped-def]
     """Add row r of the logits' gradient, that of query i, to the turned table's gradient."""
     down, across = i // size, i % size
-    for row in range(rows):
+    for row in range(size):
         # An unsigned index is not one that counts from the end, so that the loop is vectorized.
-        at, before, j = np.uint64(top + row - down + size - 1), np.uint64(size - 1 - across), np.uint64(row * size)
+        at, before, j = np.uint64(row - down + size - 1), np.uint64(size - 1 - across), np.uint64(row * size)
         for column in range(np.uint64(size)):
             turned[window, head, at, before + column] += tile[r, j + column]
 
@@ -147,7 +154,7 @@ def _forward(task, qkv, turned, height, width, size, shift, out, lse):  # type: 
     y = np.empty((4, v.shape[1]), np.float32)
     highest, sums = np.empty(4, np.float32), np.empty(4, np.float32)
     for first in range(0, tokens, 4):
-        _load_biases(weights, turned, masks, masked, regions, head, size, first, 0, size)
+        _load_biases(weights, turned, masks, masked, regions, head, size, first)
         a = b = c = e = spread(_NEVER)
         for j in range(0, len(v), LANES):
             logits = _multiply(_load_four(weights, 0, j), q, first, k_t, j)
@@ -180,56 +187,47 @@ def _backward(task, grad_out, out, lse, qkv, turned, height, width, size, shift,
     scale = np.float32(1) / np.float32(np.sqrt(dim))
     q = _load(qkv, places, head * dim, dim) * (_LOG2E * scale)
     grad = _load(grad_out, places, head * dim, dim)
-    grad_q = np.zeros(q.shape, np.float32)
+    k, v = _load(qkv, places, (heads + head) * dim, dim), _load(qkv, places, (2 * heads + head) * dim, dim)
+    k_t, v_t = _turn(k, dim), _turn(v, dim)
+    grad_k, grad_v = np.zeros(k_t.shape, np.float32), np.zeros(k_t.shape, np.float32)
     sums, deltas = np.zeros(len(q), np.float32), np.zeros(len(q), np.float32)
     for i in range(tokens):
         sums[i] = lse[places[i], head]
         for d in range(dim):
             deltas[i] -= grad[i, d] * out[places[i], head * dim + d]
-    step = max(1, KEYS // size)
-    for top in range(0, size, step):
-        rows = min(step, size - top)
-        keys = places[top * size : (top + rows) * size]
-        k, v = _load(qkv, keys, (heads + head) * dim, dim), _load(qkv, keys, (2 * heads + head) * dim, dim)
-        k_t, v_t = _turn(k, dim), _turn(v, dim)
-        grad_k, grad_v = np.zeros(k.shape, np.float32), np.zeros(k.shape, np.float32)
-        masks = _masks(regions[top * size : (top + rows) * size], len(k))
-        masked = len(k) > len(keys) or np.any(regions != regions[0])
-        weights = np.zeros((4, len(k) + LANES), np.float32)
-        grad_logits = np.empty((4, len(k)), np.float32)
-        for first in range(0, tokens, 4):
-            _load_biases(weights, turned, masks, masked, regions, head, size, first, top, rows)
-            for j in range(0, len(k), LANES):
-                a, b, c, e = _multiply(_load_four(weights, 0, j), q, first, k_t, j)
-                a, b = exp2(a - sums[first]), exp2(b - sums[first + 1])
-                c, e = exp2(c - sums[first + 2]), exp2(e - sums[first + 3])
-                _store_four(weights, 0, j, (a, b, c, e))
-            for j in range(0, len(k), LANES):
-                a, b = spread(deltas[first]), spread(deltas[first + 1])
-                c, e = spread(deltas[first + 2]), spread(deltas[first + 3])
-                a, b, c, e = _multiply((a, b, c, e), grad, first, v_t, j)
-                p = _load_four(weights, 0, j)
-                _store_four(grad_logits, 0, j, (a * p[0], b * p[1], c * p[2], e * p[3]))
-            for r in range(min(4, tokens - first)):
-                _add_to_table(part_turned, window, head, grad_logits, r, size, first + r, top, rows)
-            for d in range(0, k.shape[1], LANES):
-                _store_four(grad_q, first, d, _multiply(_load_four(grad_q, first, d), grad_logits, 0, k, d))
-                # Rows behind the last query meet zeros in q and in the gradient.
-                a, b, c, e = _load_four(q, first, d)
-                for j in range(len(keys)):
-                    sum_k = a * grad_logits[0, j] + load(grad_k, (j, d))
-                    store(grad_k, (j, d), sum_k + b * grad_logits[1, j] + c * grad_logits[2, j] + e * grad_logits[3, j])
-                a, b, c, e = _load_four(grad, first, d)
-                for j in range(len(keys)):
-                    sum_v = a * weights[0, j] + load(grad_v, (j, d))
-                    store(grad_v, (j, d), sum_v + b * weights[1, j] + c * weights[2, j] + e * weights[3, j])
-        for j in range(len(keys)):
-            for d in range(dim):  # q carries the scale, and the base of 2
-                grad_qkv[keys[j], (heads + head) * dim + d] = grad_k[j, d] / _LOG2E
-                grad_qkv[keys[j], (2 * heads + head) * dim + d] = grad_v[j, d]
-    for i in range(tokens):
-        for d in range(dim):
-            grad_qkv[places[i], head * dim + d] = grad_q[i, d] * scale
+    masks, masked = _masks(regions, len(k)), len(k) > tokens or np.any(regions != regions[0])
+    weights = np.zeros((4, len(k) + LANES), np.float32)
+    grad_logits, grad_q = np.empty((4, len(k)), np.float32), np.empty((4, k.shape[1]), np.float32)
+    for first in range(0, tokens, 4):
+        _load_biases(weights, turned, masks, masked, regions, head, size, first)
+        for j in range(0, len(k), LANES):
+            a, b, c, e = _multiply(_load_four(weights, 0, j), q, first, k_t, j)
+            a, b = exp2(a - sums[first]), exp2(b - sums[first + 1])
+            c, e = exp2(c - sums[first + 2]), exp2(e - sums[first + 3])
+            # Rows behind the last query meet zeros in the gradient, and in q.
+            _add_outer(grad_v, grad, first, (a, b, c, e), j)
+            inner = (
+                spread(deltas[first]),
+                spread(deltas[first + 1]),
+                spread(deltas[first + 2]),
+                spread(deltas[first + 3]),
+            )
+            inner = _multiply(inner, grad, first, v_t, j)
+            a, b, c, e = a * inner[0], b * inner[1], c * inner[2], e * inner[3]
+            _add_outer(grad_k, q, first, (a, b, c, e), j)
+            _store_four(grad_logits, 0, j, (a, b, c, e))
+        for r in range(min(4, tokens - first)):
+            _add_to_table(part_turned, window, head, grad_logits, r, size, first + r)
+        zero = spread(_ZERO)
+        for d in range(0, k.shape[1], LANES):
+            _store_four(grad_q, 0, d, _multiply((zero, zero, zero, zero), grad_logits, 0, k, d))
+        for r in range(min(4, tokens - first)):
+            for d in range(dim):
+                grad_qkv[places[first + r], head * dim + d] = grad_q[r, d] * scale
+    for j in range(tokens):
+        for d in range(dim):  # q carries the scale, and the base of 2
+            grad_qkv[places[j], (heads + head) * dim + d] = grad_k[d, j] / _LOG2E
+            grad_qkv[places[j], (2 * heads + head) * dim + d] = grad_v[d, j]
 
 
 def _rows(x: Tensor) -> np.ndarray:
