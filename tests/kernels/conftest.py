@@ -14,6 +14,14 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
+def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter run what kernels give to the matrix units."""
+    from warp import teach_interpreter
+
+    teach_interpreter(monkeypatch)
+
+
+@pytest.fixture
 def device() -> str:
     """The device for Triton's tests."""
     return "cuda" if torch.cuda.is_available() else "cpu"

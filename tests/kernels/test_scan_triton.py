@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from scan_inputs import assert_matches_reference, make_inputs, make_route, run
-from warp import matrix_units  # noqa: F401 (a fixture)
 
 from mambair_ds.kernels.selective_scan import selective_scan
 from mambair_ds.kernels.selective_scan import triton as scan
@@ -93,7 +92,7 @@ def test_matrix_units_take_the_products_of_16_bit_activations(
     states: int,
     routed: bool,
     monkeypatch: pytest.MonkeyPatch,
-    matrix_units: None,  # noqa: F811
+    matrix_units: None,
 ) -> None:
     monkeypatch.setattr(scan, "INTERPRETED", False)
     prompt, order = make_route(batch, length, states)
@@ -124,12 +123,7 @@ def _sum_eight(values, sums, GROUP: tl.constexpr, MATRIX: tl.constexpr):  # type
 
 @pytest.mark.parametrize("group", range(4))
 @pytest.mark.parametrize("matrix", [False, True])
-def test_sums_over_lanes_go_where_they_are_read(
-    matrix: bool,
-    group: int,
-    device: str,
-    matrix_units: None,  # noqa: F811
-) -> None:
+def test_sums_over_lanes_go_where_they_are_read(matrix: bool, group: int, device: str, matrix_units: None) -> None:
     values = torch.randint(-512, 512, (8, 32), generator=torch.Generator().manual_seed(0)).float().to(device)
     sums = torch.empty(32, device=device)
     _sum_eight[(1,)](values, sums, GROUP=group, MATRIX=matrix, num_warps=1)
@@ -146,8 +140,9 @@ def test_two_runs_agree_to_the_bit(device: str) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-def test_operator_passes_torchs_own_checks(device: str) -> None:
-    inputs = [x.to(device).requires_grad_() for x in make_inputs(1, 3, 2, 2)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_passes_torchs_own_checks(dtype: torch.dtype, device: str) -> None:
+    inputs = [x.to(device, dtype if x.ndim == 3 else None).requires_grad_() for x in make_inputs(1, 3, 2, 2)]
     selective_scan(*inputs, backend="triton")  # registers it
     prompt, order = (x.to(device) for x in make_route(1, 3, 2))
     for route in ((None, None), (prompt.requires_grad_(), order)):

@@ -58,9 +58,8 @@ def run(code: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     return [registers[f"${i}"] for i in range(outputs)]
 
 
-@pytest.fixture
-def matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the interpreter run inline PTX."""
+def teach_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Triton's interpreter run inline PTX."""
 
     def create(_: Any, code: str, _constraints: str, values: list[Any], types: list[Any], *_more: object) -> Any:
         results = run(code, [value.data for value in values], len(types))
