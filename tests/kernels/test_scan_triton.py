@@ -11,7 +11,7 @@ from scan_inputs import assert_matches_reference, make_inputs, make_route, run
 
 from mambair_ds.kernels.selective_scan import selective_scan
 from mambair_ds.kernels.selective_scan import triton as scan
-from mambair_ds.kernels.selective_scan.triton import _sum_lanes
+from mambair_ds.kernels.selective_scan.matrix_units import sum_lanes
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def _sum_eight(values, sums, GROUP: tl.constexpr, MATRIX: tl.constexpr):  # type
         eight = eight + (tl.load(values + 32 * i + lane),)  # noqa: RUF005
         ones = ones + ((lane // 4 == i).to(tl.float32),)  # noqa: RUF005
     zero = tl.zeros((32,), tl.float32)
-    four = _sum_lanes(eight, (zero, zero, zero, zero), ones, lane, GROUP, MATRIX)
+    four = sum_lanes(eight, (zero, zero, zero, zero), ones, lane, GROUP, MATRIX)
     tl.store(sums + lane, four[0] + four[2])
 
 

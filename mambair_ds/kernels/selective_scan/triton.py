@@ -23,10 +23,20 @@ import triton.language as tl
 from torch import Tensor
 
 from mambair_ds.kernels.gpu import INTERPRETED
+from mambair_ds.kernels.selective_scan.matrix_units import (
+    load_for_lanes,
+    multiply_4,
+    multiply_8,
+    place_for_lanes,
+    round_to_tf32,
+    split_channels,
+    sum_channels,
+    sum_lanes,
+)
 from mambair_ds.kernels.selective_scan.operator import make_operator
 
 SEGMENT = 64
-CHUNK = 8  # positions whose values of one state fit the registers of `backward_inputs`, and `_sum_lanes`
+CHUNK = 8  # positions whose values of one state fit the registers of `backward_inputs`, and `sum_lanes`
 WIDTH = 64  # channels of a program, whose one warp loads B and C once for all of them
 UNROLL = {"ends": 4, "outputs": 4, "outputs of many states": 2}
 """Positions whose rows a walking kernel loads together, before it uses the last ones'."""
@@ -34,56 +44,6 @@ TURNS = 2  # of the loop over states in `backward_inputs`, written out
 WARPS = 1
 REGISTERS = 232
 """A thread's at most in `backward_inputs`: a multiprocessor then has room for a warp more, and nothing is spilled."""
-
-
-def _sum_lanes_in_ptx() -> str:
-    """Eight sums over a warp by its matrix units, which cut their inputs to TF32's ten bits behind the point.
-
-    A product's right side has row c and column g in lane 4 g + c. The first four products (16x8 times 8x8) have two
-    values there, in rows 0-3 and 4-7; their left side's ones put the sum over c of values[i] into row i of the result.
-    Of that, lane 4 g + c gets row g, columns 2 c and 2 c + 1, as a left side has them: rows g and g + 8, column c. So
-    the fifth product (16x4 times 4x8) sums over c again, the even columns in its rows 0-7, the odd ones in 8-15; the
-    ones on its right side put both into one pair of columns, which one lane of each four gets. What the first products
-    have in rows 8-15 is not read.
-    """
-    names = [f"${i}" for i in range(25)]
-    out, values, ones, group, sums = names[:4], names[4:12], names[12:20], names[20], names[21:]
-    lines = [".reg .b32 v<8>, e<8>, s, none<8>; .reg .f32 p<4>;", f"mov.b32 s, {group};"]
-    lines += [f"mov.b32 v{i}, {values[i]}; mov.b32 e{i}, {ones[i]};" for i in range(8)]
-    lines += [f"mov.f32 p{i}, 0f00000000;" for i in range(4)]
-    for i in range(0, 8, 2):
-        lines.append(
-            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-            f"{{p0, p1, p2, p3}}, {{e{i}, none{i}, e{i + 1}, none{i + 1}}}, {{v{i}, v{i + 1}}}, {{p0, p1, p2, p3}};"
-        )
-    lines.append(".reg .b32 q<2>; mov.b32 q0, p0; mov.b32 q1, p1;")
-    lines.append("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32")
-    lines.append(f"{{{', '.join(out)}}}, {{q0, q1}}, {{s}}, {{{', '.join(sums)}}};")
-    return "{" + "\n".join(lines) + "}"
-
-
-def _product_in_ptx(depth: int) -> str:
-    """sums + left · right by the matrix units, 16 rows of `depth` times 8 columns, all where the units have it.
-
-    In lane 4 g + t, left has rows g and g + 8 of column t; right row t of column g; the sums columns 2 t and 2 t + 1 of
-    row g, then both of row g + 8. Depth 8 adds both of column t + 4 to left and row t + 4 to right. Left and right are
-    cut to TF32's ten bits.
-    """
-    left, right = depth // 2, depth // 4
-    names, values = [f"${i}" for i in range(8 + left + right)], [f"v{i}" for i in range(left + right)]
-    lines = [f".reg .b32 v<{left + right}>;", *(f"mov.b32 {v}, {n};" for v, n in zip(values, names[4:], strict=False))]
-    operands = names[:4], values[:left], values[left:], names[-4:]
-    lines.append(f"mma.sync.aligned.m16n8k{depth}.row.col.f32.tf32.tf32.f32")
-    lines.append(", ".join(f"{{{', '.join(registers)}}}" for registers in operands) + ";")
-    return "{" + "\n".join(lines) + "}"
-
-
-SUM_LANES = tl.constexpr(_sum_lanes_in_ptx())
-SUM_LANES_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 21))
-PRODUCT_4 = tl.constexpr(_product_in_ptx(4))
-PRODUCT_4_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 7))
-PRODUCT_8 = tl.constexpr(_product_in_ptx(8))
-PRODUCT_8_OPERANDS = tl.constexpr(",".join(["=f"] * 4 + ["f"] * 10))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -158,12 +118,6 @@ def _load_states(pointer, channels: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _round(x):
-    """x so that TF32, which cuts, has it rounded."""
-    return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def pack(
     B, C, prompt, order, rows, columns, length, sample_B, row_B, sample_C, row_C,
     N: tl.constexpr, PAD: tl.constexpr, SEGMENT: tl.constexpr, CHUNK: tl.constexpr, MATRIX: tl.constexpr,
@@ -190,7 +144,7 @@ def pack(
     place = (batch * tl.num_programs(0) + segment) * SEGMENT
     c *= LN2
     if MATRIX:
-        c = (_round(c).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        c = (round_to_tf32(c).to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     rows += (place + k) * (3 * PAD) + s % 2 * (PAD // 2) + s // 2
     tl.store(rows, b)
     tl.store(rows + PAD, c)
@@ -223,67 +177,14 @@ def _rows(pointer, tokens, d, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _multiply_4(left, right, sums):
-    """See `_product_in_ptx`."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        PRODUCT_4, PRODUCT_4_OPERANDS, left + right + sums,
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-    return (a, b, c, d)
-
-
-@triton.jit
-def _multiply_8(left, right, sums):
-    """See `_product_in_ptx`."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        PRODUCT_8, PRODUCT_8_OPERANDS, left + right + sums,
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-    return (a, b, c, d)
-
-
-@triton.jit
-def _channels(x):
-    """A lane's two channels of x, (32, 2)."""
-    first, second = tl.split(x)
-    return (first, second)
-
-
-@triton.jit
-def _numbers_of_lanes(pointer, COUNT: tl.constexpr):
-    """COUNT numbers from each lane's own place, (32,), as a tuple, four by one load."""
-    numbers = ()
-    for i in tl.static_range(0, COUNT, 4):
-        even, odd = tl.split(tl.reshape(tl.load(pointer[:, None] + (i + tl.arange(0, 4))[None, :]), (32, 2, 2)))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        numbers = numbers + (first, second, third, fourth)
-    return numbers
-
-
-@triton.jit
-def _place_numbers(FIRST: tl.constexpr, SECOND: tl.constexpr, ZEROS: tl.constexpr, MATRIX: tl.constexpr):
-    """Where in what `pack` wrote a lane has its numbers: at FIRST, the same for all lanes.
-
-    With MATRIX they are its part of the right sides of products that give every lane its own values times the numbers
-    at FIRST in one column of the sums, times those at SECOND in the other. Lanes that hold neither's place have zeros.
-    """
-    at = FIRST
-    if MATRIX:
-        lane = tl.arange(0, 32)
-        at = tl.where(lane // 8 == lane % 4, tl.where(lane // 4 % 2 == 0, FIRST, SECOND), ZEROS)
-    return at
-
-
-@triton.jit
 def _times(x, numbers, N: tl.constexpr, PAD: tl.constexpr, MATRIX: tl.constexpr):
     """x, (32, 2), times every number of a row, as a tuple by state."""
     products = ()
     if MATRIX:
         none = tl.zeros((32,), tl.float32)
-        left, numbers = _channels(_round(x)), _numbers_of_lanes(numbers, N // 2)
+        left, numbers = split_channels(round_to_tf32(x)), load_for_lanes(numbers, N // 2)
         for i in tl.static_range(N // 2):
-            a, b, c, d = _multiply_4(left, (numbers[i],), (none, none, none, none))
+            a, b, c, d = multiply_4(left, (numbers[i],), (none, none, none, none))
             products = products + (tl.join(a, c), tl.join(b, d))
     else:
         numbers = _numbers(numbers, PAD)
@@ -321,7 +222,7 @@ def segment_ends(
     k0: tl.constexpr = UNROLL - 1 if REVERSE else 0
     rows += batch * segments * SEGMENT * (3 * PAD)
     side: tl.constexpr = PAD if REVERSE else 0
-    numbers = rows + _place_numbers(side, side + PAD // 2, 2 * PAD, MATRIX)
+    numbers = rows + place_for_lanes(side, side + PAD // 2, 2 * PAD, MATRIX)
     state = ()
     for _s in tl.static_range(N):
         state = state + (tl.zeros_like(shift),)
@@ -390,7 +291,7 @@ def forward_outputs(
     if order is not None:
         order += batch * length
     rows += batch * segments * SEGMENT * (3 * PAD)
-    numbers = rows + _place_numbers(0, PAD // 2, 2 * PAD, MATRIX)
+    numbers = rows + place_for_lanes(0, PAD // 2, 2 * PAD, MATRIX)
     lane = tl.arange(0, 32)
     early, late = lane // 4 == lane % 4, lane // 4 == lane % 4 + 4
     of_early, of_late = rows + tl.where(early, PAD, 2 * PAD), rows + tl.where(late, PAD, 2 * PAD)
@@ -420,12 +321,12 @@ def forward_outputs(
                         none = tl.zeros((32,), tl.float32)
                         out = (none, none, none, none)
                     mine, of_mine = (early, of_early) if k % 2 == 0 else (late, of_late)
-                    out = _multiply_4(_channels(direct * value), (mine.to(tl.float32),), out)
-                    row = _numbers_of_lanes(of_mine + first * (3 * PAD) + k * (3 * PAD), N)
+                    out = multiply_4(split_channels(direct * value), (mine.to(tl.float32),), out)
+                    row = load_for_lanes(of_mine + first * (3 * PAD) + k * (3 * PAD), N)
                     for i in tl.static_range(0, N, 2):  # first the even states' numbers, then the odd ones'
-                        left = _channels(state[2 * i % N + 2 * i // N])
-                        left = left + _channels(state[2 * i % N + 2 * i // N + 2])
-                        out = _multiply_8(left, (row[i], row[i + 1]), out)
+                        left = split_channels(state[2 * i % N + 2 * i // N])
+                        left = left + split_channels(state[2 * i % N + 2 * i // N + 2])
+                        out = multiply_8(left, (row[i], row[i + 1]), out)
                     if k % 2 == 1:
                         second_half = lane % 4 // 2
                         to = tl.where(second_half == 1, tokens[k], tokens[k - 1]) + four
@@ -466,37 +367,6 @@ def carry(
 
 
 @triton.jit
-def _fold(x, y, lane, BIT: tl.constexpr):
-    """Half a sum over lanes of two values at once: x's lies in the lanes without BIT, y's in those with it."""
-    low = (lane & BIT) == 0
-    return tl.where(low, x, y) + tl.gather(tl.where(low, y, x), lane ^ BIT, 0)
-
-
-@triton.jit
-def _sum_lanes(values, sums, ones, lane, GROUP: tl.constexpr, MATRIX: tl.constexpr):
-    """Sums of eight values over a warp's 32 lanes: that of values[i] goes to lane 4 i + GROUP of sums[0] + sums[2].
-
-    `sums` come from the calls for other groups, 0 at first; ones[i] is 1 in lanes 4 i to 4 i + 3 and 0 elsewhere.
-    With MATRIX by the matrix units, in TF32: enough where sums end as 16-bit numbers. Without, in float32 by folding.
-    """
-    if MATRIX:
-        a, b, c, d = tl.inline_asm_elementwise(
-            SUM_LANES, SUM_LANES_OPERANDS, values + ones + ((lane // 8 == GROUP).to(tl.float32),) + sums,
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return (a, b, c, d)
-    for level in tl.static_range(3):
-        folded = ()
-        for j in tl.static_range(4 >> level):
-            folded = folded + (_fold(values[2 * j], values[2 * j + 1], lane, 4 << level),)
-        values = folded
-    total = values[0]
-    total += tl.gather(total, lane ^ 1, 0)
-    total += tl.gather(total, lane ^ 2, 0)
-    return tl.where(lane % 4 == GROUP, total, sums[0]), sums[1], sums[2], sums[3]
-
-
-@triton.jit
 def _load_turn(states, A, passed, s, channels: tl.constexpr, SPAN: tl.constexpr, own, d, in_d):
     """What `backward_inputs` needs of one state; h is 0 in channels that do not exist."""
     h = tl.load(states + (s * channels + d), mask=in_d, other=0.0).to(tl.float32)
@@ -509,25 +379,18 @@ def _add_products(sums, values, column, CHUNK: tl.constexpr, MATRIX: tl.constexp
     """sums + values, (32, 2), times a state's B, as a tuple by position: two at a time with MATRIX."""
     added = ()
     if MATRIX:
-        numbers = _numbers_of_lanes(column, CHUNK)
+        numbers = load_for_lanes(column, CHUNK)
         for k in tl.static_range(0, CHUNK, 2):
             a, c = tl.split(sums[k])
             b, d = tl.split(sums[k + 1])
-            left = _channels(values[k]) + _channels(values[k + 1])
-            a, b, c, d = _multiply_8(left, (numbers[k], numbers[k + 1]), (a, b, c, d))
+            left = split_channels(values[k]) + split_channels(values[k + 1])
+            a, b, c, d = multiply_8(left, (numbers[k], numbers[k + 1]), (a, b, c, d))
             added = added + (tl.join(a, c), tl.join(b, d))
     else:
         numbers = _numbers(column, 2 * CHUNK)
         for k in tl.static_range(CHUNK):
             added = added + (sums[k] + values[k] * numbers[k + k % 2 * CHUNK],)
     return added
-
-
-@triton.jit
-def _sum_channels(x):
-    """Over a lane's two."""
-    first, second = tl.split(x)
-    return first + second
 
 
 @triton.jit
@@ -570,7 +433,7 @@ def backward_inputs(
     if order is not None:
         order += batch * length
     columns += (place * SEGMENT + chunks * CHUNK) * (4 * N)
-    mine = columns + _place_numbers(0, CHUNK, 2 * CHUNK, MATRIX)
+    mine = columns + place_for_lanes(0, CHUNK, 2 * CHUNK, MATRIX)
     states += (batch * tl.cdiv(length, CHUNK) + start // CHUNK + chunks) * N * channels
     SPAN: tl.constexpr = (channels + WIDTH - 1) // WIDTH * WIDTH
     passed += place * N * (2 * SPAN)
@@ -599,7 +462,7 @@ def backward_inputs(
                 step = tl.where(in_d, step, 0.0)
             dt = dt + (step,)
             step *= _load_row(u + at, inside, FULL)
-            drive = drive + (_round(step) if MATRIX else step,)
+            drive = drive + (round_to_tf32(step) if MATRIX else step,)
             gy = gy + (_load_row(grad_y + at, inside, FULL),)
         g_dt, g_drive = zeros, zeros
         ahead = _load_turn(states, A, passed, 0, channels, SPAN, own, d, in_d)
@@ -617,8 +480,8 @@ def backward_inputs(
                     decay = tl.exp2(dt[k] * rate)
                     decays, before = decays + (decay,), before + (h,)
                     h = decay * h + added[k]
-                    inner = inner + (_sum_channels(gy[k] * h),)
-                sums = _sum_lanes(inner, sums, ones, lane, 0, MATRIX)
+                    inner = inner + (sum_channels(gy[k] * h),)
+                sums = sum_lanes(inner, sums, ones, lane, 0, MATRIX)
                 new_g_dt, qs, inner = (), (), ()
                 for k in tl.static_range(CHUNK - 1, -1, -1):
                     q = r + c[k] * gy[k]
@@ -626,8 +489,8 @@ def backward_inputs(
                     g = r * before[k]  # the gradient of the exponent Δ·A
                     g_rate += g * dt[k]
                     new_g_dt, qs = (g_dt[k] + g * rate,) + new_g_dt, (q,) + qs
-                    inner = (_sum_channels(q * drive[k]),) + inner
-                sums = _sum_lanes(inner, sums, ones, lane, 1, MATRIX)
+                    inner = (sum_channels(q * drive[k]),) + inner
+                sums = sum_lanes(inner, sums, ones, lane, 1, MATRIX)
                 g_dt, g_drive = new_g_dt, _add_products(g_drive, qs, mine + s * (4 * CHUNK), CHUNK, MATRIX)
                 to = part_BC + s * (2 * CHUNK) + lane // 4 * 2 + lane % 4
                 tl.store(to, sums[0] + sums[2], mask=lane % 4 < 2)
