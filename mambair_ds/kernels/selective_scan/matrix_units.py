@@ -69,20 +69,12 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def multiply_4(left, right, sums):
-    """sums + left · right of depth 4; see `_product_in_ptx`."""
+def multiply(left, right, sums, DEPTH: tl.constexpr):
+    """sums + left · right; see `_product_in_ptx`."""
     a, b, c, d = tl.inline_asm_elementwise(
-        PRODUCT_4, PRODUCT_4_OPERANDS, left + right + sums,
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
-    return (a, b, c, d)
-
-
-@triton.jit
-def multiply_8(left, right, sums):
-    """sums + left · right of depth 8; see `_product_in_ptx`."""
-    a, b, c, d = tl.inline_asm_elementwise(
-        PRODUCT_8, PRODUCT_8_OPERANDS, left + right + sums,
+        PRODUCT_4 if DEPTH == 4 else PRODUCT_8,
+        PRODUCT_4_OPERANDS if DEPTH == 4 else PRODUCT_8_OPERANDS,
+        left + right + sums,
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
     )  # fmt: skip
     return (a, b, c, d)

@@ -25,8 +25,7 @@ from torch import Tensor
 from mambair_ds.kernels.gpu import INTERPRETED
 from mambair_ds.kernels.selective_scan.matrix_units import (
     load_for_lanes,
-    multiply_4,
-    multiply_8,
+    multiply,
     place_for_lanes,
     round_to_tf32,
     split_channels,
@@ -184,7 +183,7 @@ def _times(x, numbers, N: tl.constexpr, PAD: tl.constexpr, MATRIX: tl.constexpr)
         none = tl.zeros((32,), tl.float32)
         left, numbers = split_channels(round_to_tf32(x)), load_for_lanes(numbers, N // 2)
         for i in tl.static_range(N // 2):
-            a, b, c, d = multiply_4(left, (numbers[i],), (none, none, none, none))
+            a, b, c, d = multiply(left, (numbers[i],), (none, none, none, none), 4)
             products = products + (tl.join(a, c), tl.join(b, d))
     else:
         numbers = _numbers(numbers, PAD)
@@ -321,12 +320,12 @@ def forward_outputs(
                         none = tl.zeros((32,), tl.float32)
                         out = (none, none, none, none)
                     mine, of_mine = (early, of_early) if k % 2 == 0 else (late, of_late)
-                    out = multiply_4(split_channels(direct * value), (mine.to(tl.float32),), out)
+                    out = multiply(split_channels(direct * value), (mine.to(tl.float32),), out, 4)
                     row = load_for_lanes(of_mine + first * (3 * PAD) + k * (3 * PAD), N)
                     for i in tl.static_range(0, N, 2):  # first the even states' numbers, then the odd ones'
                         left = split_channels(state[2 * i % N + 2 * i // N])
                         left = left + split_channels(state[2 * i % N + 2 * i // N + 2])
-                        out = multiply_8(left, (row[i], row[i + 1]), out)
+                        out = multiply(left, (row[i], row[i + 1]), out, 8)
                     if k % 2 == 1:
                         second_half = lane % 4 // 2
                         to = tl.where(second_half == 1, tokens[k], tokens[k - 1]) + four
@@ -384,7 +383,7 @@ def _add_products(sums, values, column, CHUNK: tl.constexpr, MATRIX: tl.constexp
             a, c = tl.split(sums[k])
             b, d = tl.split(sums[k + 1])
             left = split_channels(values[k]) + split_channels(values[k + 1])
-            a, b, c, d = multiply_8(left, (numbers[k], numbers[k + 1]), (a, b, c, d))
+            a, b, c, d = multiply(left, (numbers[k], numbers[k + 1]), (a, b, c, d), 8)
             added = added + (tl.join(a, c), tl.join(b, d))
     else:
         numbers = _numbers(column, 2 * CHUNK)
