@@ -19,6 +19,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     activation = tokens * d * wide
     blocks = cdiv(d, scan.WIDTH)
     groups = scan.SEGMENT // scan.UNROLL["ends"]
+    turns_of_states = scan.TURNS if dtype == "bf16" else 1
     chunks, turns = scan.SEGMENT // scan.CHUNK, scan.CHUNK // scan.unroll_outputs(n)
     # Bytes; arithmetic: the exponent's product, the exponential and the recurrence's multiply-adds; trips of the loops.
     passes: dict[str, tuple[int, int, tuple[int, ...]]] = {
@@ -28,7 +29,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
         "backward_inputs": (
             5 * activation + pairs + 3 * entering + states + blocks * pairs + order,
             12,
-            (chunks, n // scan.TURNS),
+            (chunks, n // turns_of_states),
         ),
     }
     activations = {"u", "x", "delta", "y", "grad_y", "grad_u", "grad_delta"}
@@ -47,7 +48,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
             **sizes,
             "UNROLL": scan.UNROLL["ends"] if name.endswith("ends") else scan.unroll_outputs(n),
             "WIDTH": scan.WIDTH,
-            "TURNS": scan.TURNS,
+            "TURNS": turns_of_states,
             "SOFTPLUS": True,
             "NARROW": dtype == "bf16",
             "FULL": length % scan.CHUNK == 0,
@@ -62,7 +63,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
                 Case(
                     kernel, title, types(kernel), variant, scan.WARPS, programs, "state update", work,
                     scan.SEGMENT * n * scan.WIDTH / (32 * scan.WARPS), arithmetic, trips, moved,
-                    registers=scan.REGISTERS if name == "backward_inputs" else None,
+                    registers=scan.REGISTERS if name == "backward_inputs" and dtype == "bf16" else None,
                 )
             )  # fmt: skip
     programs, moved, work = cdiv(d, 32) * n * b, 2 * entering + entering // n, b * segments * d * n

@@ -15,8 +15,6 @@ order, so two runs agree to the bit. docs/kernels.md counts it all.
 # mypy: disable-error-code="assignment, no-untyped-def"
 # ruff: noqa: RUF005 (Triton's tuples grow by +)
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +37,8 @@ CHUNK = 8  # positions whose values of one state fit the registers of `backward_
 WIDTH = 64  # channels of a program, whose one warp loads B and C once for all of them
 UNROLL = {"ends": 4, "outputs": 4, "outputs of many states": 2}
 """Positions whose rows a walking kernel loads together, before it uses the last ones'."""
-TURNS = 2  # of the loop over states in `backward_inputs`, written out
+TURNS = 2
+"""Of the loop over states in `backward_inputs`, written out; one without the matrix units, for want of registers."""
 WARPS = 1
 REGISTERS = 232
 """A thread's at most in `backward_inputs`: a multiprocessor then has room for a warp more, and nothing is spilled."""
@@ -672,7 +671,7 @@ def backward(
         backward_inputs[segments * blocks, batch](
             grad_y, u, delta, rates, columns, D, delta_bias, order, states, passed,
             grad_u, grad_delta, part_BC, part_D, part_bias,
-            CHUNK=CHUNK, WIDTH=width, TURNS=math.gcd(TURNS, A.shape[1]),
+            CHUNK=CHUNK, WIDTH=width, TURNS=TURNS if matrix else 1,
             maxnreg=REGISTERS if matrix else None, **sizes,
         )  # fmt: skip
         grad_B, grad_C, *grad_prompt = (
