@@ -12,7 +12,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     """The passes of a forward and a backward pass, with an order and a prompt."""
     b, length, d, n, wide = shape.batch, shape.length, shape.hidden, shape.states, 2 if dtype == "bf16" else 4
     segments, tokens = cdiv(length, scan.SEGMENT), b * length
-    pairs = tokens * n * 8  # of numbers of B and C, float32
+    packed = tokens * n * 4  # B, C or zeros, float32
     order = tokens * 8
     entering = b * segments * d * n * 4
     states = b * cdiv(length, scan.CHUNK) * d * n * wide
@@ -23,11 +23,11 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     chunks, turns = scan.SEGMENT // scan.CHUNK, scan.CHUNK // scan.unroll_outputs(n)
     # Bytes; arithmetic: the exponent's product, the exponential and the recurrence's multiply-adds; trips of the loops.
     passes: dict[str, tuple[int, int, tuple[int, ...]]] = {
-        "forward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
-        "forward_outputs": (3 * activation + pairs + entering + states + order, 5, (chunks, turns)),
-        "backward_ends": (2 * activation + pairs // 2 + entering + order, 4, (groups,)),
+        "forward_ends": (2 * activation + 2 * packed + entering + order, 4, (groups,)),
+        "forward_outputs": (3 * activation + 3 * packed + entering + states + order, 5, (chunks, turns)),
+        "backward_ends": (2 * activation + 2 * packed + 2 * entering + order, 4, (groups,)),
         "backward_inputs": (
-            5 * activation + pairs + 3 * entering + states + blocks * pairs + order,
+            5 * activation + 4 * packed + 4 * entering + states + blocks * 2 * packed + order,
             12,
             (chunks, n // turns_of_states),
         ),
@@ -75,7 +75,7 @@ def cases(shape: Shape, dtype: str, _capability: int) -> list[Case]:
     )  # fmt: skip
     constants = {"N": n, "PAD": n, "SEGMENT": scan.SEGMENT, "CHUNK": scan.CHUNK, "MATRIX": dtype == "bf16"}
     numbers = 2 * tokens * n  # of B and C
-    moved = numbers * (wide + 4 + 4) + numbers // 2 * wide + order
+    moved = numbers * wide + 7 * packed + numbers // 2 * wide + order
     result.append(
         Case(
             scan.pack, "pack", types(scan.pack), constants, 4,

@@ -87,8 +87,8 @@ def kept_per_token(network: NetworkConfig, narrow: int, wide: int) -> float:
     router = dim // 3 + classes
     scan = 4 * hidden + rank + 2 * states  # after in_proj, after the convolution, step sizes, result; their parameters
     prompt = states
-    numbers: float = attention + 2 * feed_forward + router + scan + prompt
-    numbers += hidden * states / _CHUNK
+    kept = hidden * states / _CHUNK
+    numbers = attention + 2 * feed_forward + router + scan + prompt + kept
     exact = 4 * heads + 6 * 8  # float32 whatever the precision: logarithms of the attention, norms' statistics
     indices = 2 * 8
     return stream * wide + numbers * narrow + exact + indices
