@@ -81,8 +81,9 @@ def take(engine: Engine) -> dict[str, Any]:
 def whole(engine: Engine, kind: str) -> dict[str, Tensor]:
     """Whole float32 tensors by parameter name, ``params`` or a kind of the state; all ranks call together."""
     named = dict(engine.deepspeed.module.named_parameters())
-    if kind == "params" and engine.stage < 3:  # every rank has them
-        return {name: parameter.detach().float() for name, parameter in named.items()}
+    exact = all(parameter.dtype == torch.float32 for parameter in named.values())
+    if kind == "params" and engine.stage < 3 and exact:  # every rank has them; of bf16 weights the optimizer knows more
+        return {name: parameter.detach() for name, parameter in named.items()}
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in named.items()}
     flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), device=engine.deepspeed.device)
     tensors = dict(zip(shapes, flat.split([shape.numel() for shape in shapes.values()]), strict=True))

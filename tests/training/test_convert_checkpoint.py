@@ -1,5 +1,6 @@
 """A checkpoint of many ranks becomes a weight file."""
 
+import pytest
 import torch
 from conftest import Workplace
 
@@ -7,8 +8,12 @@ from mambair_ds.convert import main
 from mambair_ds.weights import read_weights
 
 
-def test_a_checkpoint_of_two_ranks_holds_the_weights_that_the_run_exported(workplace: Workplace) -> None:
-    done = workplace.train("train.zero_stage=3", "train.ema_decay=0.9", ranks=2)
+@pytest.mark.parametrize(("stage", "precision"), [(3, "fp32"), (1, "pure_bf16")])
+def test_a_checkpoint_of_two_ranks_holds_the_weights_that_the_run_exported(
+    workplace: Workplace, stage: int, precision: str
+) -> None:
+    settings = (f"train.zero_stage={stage}", f"train.precision={precision}", "train.ema_decay=0.9")
+    done = workplace.train(*settings, ranks=2)
     assert done.returncode == 0, done.stderr
     run = workplace.folder / "experiments/tiny"
     out = workplace.folder / "weights.pth"
