@@ -35,8 +35,8 @@ from mambair_ds.kernels.selective_scan.operator import make_operator
 SEGMENT = 64
 CHUNK = 8  # positions whose values of one state fit the registers of `backward_inputs`, and `sum_lanes`
 WIDTH = 64  # channels of a program, whose one warp loads B and C once for all of them
-UNROLL = {"ends": 4, "outputs": 4, "outputs of many states": 2}
-"""Positions whose rows a walking kernel loads together, before it uses the last ones'."""
+UNROLL = {"ends": 4, "outputs": 4, "long_outputs": 2}
+"""Positions whose rows a walking kernel loads together, before it uses the last ones'; long are more than 8 states."""
 TURNS = 2
 """Of the loop over states in `backward_inputs`, written out; one without the matrix units, for want of registers."""
 WARPS = 1
@@ -534,10 +534,9 @@ def sum_blocks(
         sums += tl.load(part_BC + at, mask=at < N * CHUNK * 2, other=0.0)
         part_BC += tl.num_programs(1).to(tl.int64) * chunks * (2 * N * CHUNK)
     g_C, g_B = tl.split(tl.reshape(sums, (STATES, CHUNK, 2)))
-    in_N = s < N
     g_C *= LN2
     position = chunk * CHUNK + k
-    inside = in_N & (position < length)
+    inside = (s < N) & (position < length)
     token = batch * length + position
     if grad_prompt is not None:
         tl.store(grad_prompt + token * N + s, g_C.to(grad_prompt.dtype.element_ty), mask=inside)
@@ -567,7 +566,7 @@ def _pack(
 
 def unroll_outputs(states: int) -> int:
     """What `forward_outputs` has registers for."""
-    return UNROLL["outputs" if states <= 8 else "outputs of many states"]
+    return UNROLL["outputs" if states <= 8 else "long_outputs"]
 
 
 def _pad(states: int) -> int:
@@ -613,10 +612,9 @@ def forward(
     states = A.new_empty(batch, triton.cdiv(length, CHUNK), A.shape[1], channels, dtype=kept_dtype(u.dtype))
     sums = A.new_empty(batch, segments, channels)
     y = torch.empty_like(u)
-    width = WIDTH
-    grid = (segments * triton.cdiv(channels, width), batch)
+    grid = (segments * triton.cdiv(channels, WIDTH), batch)
     sizes = {"length": length, "segments": segments, "channels": channels, "SEGMENT": SEGMENT}
-    sizes |= {"N": A.shape[1], "PAD": _pad(A.shape[1]), "WIDTH": width, "num_warps": WARPS}
+    sizes |= {"N": A.shape[1], "PAD": _pad(A.shape[1]), "WIDTH": WIDTH, "num_warps": WARPS}
     sizes |= {"SOFTPLUS": delta_softplus, "NARROW": u.element_size() == 2, "FULL": length % CHUNK == 0}
     sizes["MATRIX"] = matrix = _suits_matrix_units(u, A.shape[1])
     with torch.cuda.device_of(u):
@@ -651,28 +649,27 @@ def backward(
     prompt, order = (None if x is None else x.contiguous() for x in (prompt, order))
     batch, length, channels = u.shape
     segments = triton.cdiv(length, SEGMENT)
-    passed = A.new_empty(batch, segments, A.shape[1], 2, triton.cdiv(channels, WIDTH) * WIDTH)
+    blocks = triton.cdiv(channels, WIDTH)
+    grid = (segments * blocks, batch)
+    passed = A.new_empty(batch, segments, A.shape[1], 2, blocks * WIDTH)
     sums, part_D, part_bias = (A.new_empty(batch, segments, channels) for _ in range(3))
-    width, blocks = WIDTH, triton.cdiv(channels, WIDTH)
     part_BC = A.new_empty(blocks, batch, segments * SEGMENT // CHUNK, A.shape[1], CHUNK, 2)
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
     sizes = {"length": length, "segments": segments, "channels": channels, "N": A.shape[1], "SEGMENT": SEGMENT}
     sizes |= {"SOFTPLUS": delta_softplus, "NARROW": u.element_size() == 2, "FULL": length % CHUNK == 0}
     matrix = _suits_matrix_units(u, A.shape[1])
-    sizes |= {"MATRIX": matrix, "num_warps": WARPS}
+    sizes |= {"MATRIX": matrix, "WIDTH": WIDTH, "num_warps": WARPS}
     with torch.cuda.device_of(u):
         rows, columns = _pack(B, C, prompt, order, segments, columns=True, matrix=matrix)
-        grid = (segments * triton.cdiv(channels, WIDTH), batch)
         segment_ends[grid](
             grad_y, delta, rates, rows, delta_bias, order, passed, sums,
-            PAD=_pad(A.shape[1]), UNROLL=UNROLL["ends"], WIDTH=WIDTH, REVERSE=True, **sizes,
+            PAD=_pad(A.shape[1]), UNROLL=UNROLL["ends"], REVERSE=True, **sizes,
         )  # fmt: skip
         _carry(rates, passed, sums, reverse=True)
-        backward_inputs[segments * blocks, batch](
+        backward_inputs[grid](
             grad_y, u, delta, rates, columns, D, delta_bias, order, states, passed,
             grad_u, grad_delta, part_BC, part_D, part_bias,
-            CHUNK=CHUNK, WIDTH=width, TURNS=TURNS if matrix else 1,
-            maxnreg=REGISTERS if matrix else None, **sizes,
+            CHUNK=CHUNK, TURNS=TURNS if matrix else 1, maxnreg=REGISTERS if matrix else None, **sizes,
         )  # fmt: skip
         grad_B, grad_C, *grad_prompt = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (B, C, prompt) if x is not None
