@@ -4,7 +4,7 @@ Every row of the Markdown table is measured in a process of its own, so that its
 
     python benchmarks/step.py [--repeats 7] [--configs x2_light,demo] [--profile DIR]
 
-On a CPU all rows have one batch; "fp32 ranks" divides it among as many ranks as there are cores, which add up their
+On a CPU all rows have one batch; "fp32 ranks" divides it evenly among at most a rank a core, which add up their
 gradients, and counts the slowest. On a GPU every row has its own best one: batches double until the rate no longer
 grows by 3 % or the memory is full. Seconds are the median, and in brackets the fastest, of the repeats after the
 warm-up; the baseline gets one repeat on a CPU. CPU seconds are those of all threads, which other programs disturb less.
@@ -83,11 +83,14 @@ def measure(config: str, way: str, batch: int, side: int, repeats: int) -> Resul
 
 
 def measure_ranks(config: str, way: str, batch: int, side: int, repeats: int) -> Result:
-    """`measure` with a rank a core."""
-    ranks = min(batch, len(os.sched_getaffinity(0)))
+    """`measure` with as many ranks as divide the batch and have a core each."""
+    cores = len(os.sched_getaffinity(0))
+    ranks = max(count for count in range(1, cores + 1) if batch % count == 0)
     pool = ProcessPoolExecutor(ranks, mp_context=multiprocessing.get_context("spawn"))
     with tempfile.TemporaryDirectory() as folder, pool:
-        run = functools.partial(_measure_rank, f"file://{folder}/ranks", ranks, config, way, batch // ranks, side)
+        run = functools.partial(
+            _measure_rank, f"file://{folder}/ranks", ranks, cores // ranks, config, way, batch // ranks, side
+        )
         results = list(pool.map(run, range(ranks), [repeats] * ranks))
     wall = [max(walls) for walls in zip(*(one.wall for one in results), strict=True)]
     cpu = [sum(cpus) for cpus in zip(*(one.cpu for one in results), strict=True)]
@@ -95,9 +98,9 @@ def measure_ranks(config: str, way: str, batch: int, side: int, repeats: int) ->
 
 
 def _measure_rank(
-    meeting: str, ranks: int, config: str, way: str, batch: int, side: int, rank: int, repeats: int
+    meeting: str, ranks: int, threads: int, config: str, way: str, batch: int, side: int, rank: int, repeats: int
 ) -> Result:
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     return measure(config, way, batch, side, repeats)
 
